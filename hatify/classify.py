@@ -1,0 +1,294 @@
+"""Choose the policy of every module with parameters or buffers, before the analysis runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from hatify.errors import ConversionError
+from hatify.nn.layers import LAYERS, HatLayer, family_of
+from hatify.nn.norms import is_known
+from hatify.policy import SELECTABLE, Policy
+from hatify.rules.contraction import FUNCTIONAL_LAYERS
+from hatify.rules.movement import run_on_labels
+from hatify.rules.registry import RULES
+
+#: Operations between an output layer and the output that make no features: besides data movement.
+_OUTPUT_ACTIVATIONS = {
+    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "dropout", "div", "truediv", "mul", "add",
+    "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Policies before the analysis.
+
+    Attributes:
+        modules: {path: (policy, reason)} for every called module with parameters or buffers.
+        output_weights: parameters that a graph reads directly as the weight of an output layer; these are shared
+            without a mask.
+    """
+
+    modules: dict[str, tuple[Policy, str]]
+    output_weights: frozenset[str]
+
+
+def classify(
+    net: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    heads: str | Iterable[str] | None,
+    overrides: Mapping[str, str],
+) -> Classification:
+    """The policy of each module called by `graphs` that has parameters or buffers, and why.
+
+    Raises:
+        ConversionError: `heads` or `overrides` name something that is not there or a policy that cannot hold.
+    """
+    called = {str(n.target): net.get_submodule(str(n.target)) for g in graphs for n in g.nodes if n.op == "call_module"}
+    owning = {path: m for path, m in called.items() if _has_state(m)}
+    policies = {path: _by_type(m) for path, m in owning.items()}
+    for path, override in overrides.items():
+        policies.update(_override(net, path, override, owning))
+    chosen = _heads(net, graphs, heads, owning)
+    for path in chosen & policies.keys() - overrides.keys():
+        policies[path] = (Policy.HEAD, "output layer")
+    _settle_ties(net, policies, graphs)
+    return Classification(policies, frozenset(chosen - policies.keys()))
+
+
+def _has_state(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+def _by_type(module: nn.Module) -> tuple[Policy, str]:
+    kind = type(module).__name__
+    if is_known(module):
+        return Policy.NORM, f"{kind}: statistics and affine part of each task"
+    if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        return Policy.PER_TASK, f"{kind}: a normalisation of its own kind"
+    family = family_of(module)
+    if family is None:
+        return Policy.PER_TASK, f"{kind}: no rule for sharing it"
+    if is_plain(module, family):
+        return Policy.SHARED, kind
+    if rows_are_independent(module, family):
+        return Policy.ROW, f"{kind}: an output feature depends on its own row of the weights"
+    return Policy.PER_TASK, f"{kind}: an output feature depends on other rows of the weights, or on moving buffers"
+
+
+def is_plain(module: nn.Module, family: type[HatLayer]) -> bool:
+    """Whether `module` computes just what its torch base does with its weight."""
+    kind, base = type(module), family.base
+    same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+    hooked = module._forward_pre_hooks or hasattr(module, "parametrizations")
+    own_weight = isinstance(module._parameters.get("weight"), nn.Parameter)
+    renormalises = getattr(module, "max_norm", None) is not None
+    known = same or (kind.__module__, kind.__qualname__) in PLAIN_SUBCLASSES
+    return known and not hooked and own_weight and not renormalises
+
+
+#: Subclasses with a ``forward`` of their own that only pads the input before the ordinary layer.
+PLAIN_SUBCLASSES = {("timm.layers.conv2d_same", "Conv2dSame")}
+
+
+@torch.no_grad()
+def rows_are_independent(module: nn.Module, family: type[HatLayer]) -> bool:
+    """Whether output feature o depends on row o of every parameter only, and no buffer moves in training.
+
+    Found by experiment: half of the rows are replaced by noise, and the other features must come out bit for bit the
+    same. On the meta device nothing can be tried, and the answer is no.
+    """
+    features, parameters = family.features(module), list(module.parameters())
+    if any(p.is_meta or p.ndim == 0 or p.shape[0] != features for p in parameters):
+        return False
+    module = detached_copy(module)
+    x = family.example_input(module)
+    if x.is_floating_point():
+        x = x.to(parameters[0])
+    else:
+        x = x.to(parameters[0].device)
+    dim = family.dims(module)[1]
+    with torch.random.fork_rng(devices=[]):
+        before = [b.clone() for b in module.buffers()]
+        module.train()(x)
+        if not all(torch.equal(a, b) for a, b in zip(before, module.buffers(), strict=True)):
+            return False
+        module.eval()
+        for parity in (0, 1):
+            rows = torch.arange(features, device=x.device) % 2 == parity
+            expected = module(x).movedim(dim, 0)[~rows]
+            for p in module.parameters():
+                p[rows] = torch.randn_like(p[rows])
+            if not torch.equal(module(x).movedim(dim, 0)[~rows], expected):
+                return False
+    return True
+
+
+def detached_copy(module: nn.Module) -> Any:
+    """A deep copy, also of modules that keep a computed weight as an attribute (``torch.nn.utils.weight_norm``)."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def _override(
+    net: nn.Module, path: str, override: str, owning: Mapping[str, nn.Module]
+) -> dict[str, tuple[Policy, str]]:
+    selectable = ", ".join(repr(str(p)) for p in SELECTABLE)
+    try:
+        policy = Policy(override)
+    except ValueError:
+        raise ConversionError(f"policies[{path!r}]: unknown policy {override!r}; choose from {selectable}") from None
+    if policy not in SELECTABLE:
+        raise ConversionError(f"policies[{path!r}]: {override!r} cannot be chosen; choose from {selectable}")
+    if path not in owning:
+        known = ", ".join(sorted(owning)[:5])
+        raise ConversionError(f"policies[{path!r}]: the graph calls no such module; it calls {known}, …")
+    module, family = owning[path], family_of(owning[path])
+    if policy in (Policy.SHARED, Policy.ROW, Policy.UNMASKED) and family is None:
+        raise ConversionError(
+            f"policies[{path!r}]: {type(module).__name__} has no features to mask; choose 'per_task' or 'head'"
+        )
+    if family is not None and policy in (Policy.SHARED, Policy.UNMASKED) and not is_plain(module, family):
+        raise ConversionError(
+            f"policies[{path!r}]: {type(module).__name__} is not a plain {family.base.__name__}, so single entries "
+            "of its weight cannot be locked; choose 'row' or 'per_task'"
+        )
+    return {path: (policy, "chosen by the user")}
+
+
+# Heads ---------------------------------------------------------------------------------------------------------------
+
+
+def _heads(
+    net: nn.Module, graphs: tuple[fx.Graph, ...], heads: str | Iterable[str] | None, owning: Mapping[str, nn.Module]
+) -> set[str]:
+    """Paths of the output layers."""
+    if heads is None:
+        return set()
+    if heads == "auto":
+        return set().union(*(_output_layers(net, graph, owning) for graph in graphs))
+    names = {heads} if isinstance(heads, str) else set(heads)
+    for name in names:
+        if name not in owning:
+            known = ", ".join(sorted(owning)[-5:])
+            raise ConversionError(f"heads: the graph calls no module {name!r} with parameters; the last ones are {known}")
+    return names
+
+
+def _output_layers(net: nn.Module, graph: fx.Graph, owning: Mapping[str, nn.Module]) -> set[str]:
+    """Weighted layers that reach an output of `graph` without making features for another layer on the way."""
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    feeding = _nodes_feeding_layers(graph, owning)
+    found: set[str] = set()
+    for node in output.all_input_nodes:
+        layers = _layers_behind(node, net, owning, feeding)
+        found |= layers or set()
+    return found
+
+
+def _nodes_feeding_layers(graph: fx.Graph, owning: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """Nodes whose value some module with parameters reads, directly or not."""
+    feeding: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in feeding or (node.op == "call_module" and node.target in owning):
+            feeding.update(node.all_input_nodes)
+    return feeding
+
+
+def _layers_behind(
+    node: fx.Node, net: nn.Module, owning: Mapping[str, nn.Module], feeding: set[fx.Node]
+) -> set[str] | None:
+    """The output layers behind `node`, or None if anything else makes its features."""
+    if node.op == "get_attr":
+        return set()
+    if node.op == "placeholder" or node in feeding:
+        return None
+    if node.op == "call_module" and node.target in owning:
+        return {str(node.target)} if family_of(owning[str(node.target)]) else None
+    if node.target in FUNCTIONAL_LAYERS:
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        direct = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        return {str(weight.target)} if direct else None  # type: ignore[union-attr]
+    if node.op == "call_module":
+        allowed = _is_movement(type(net.get_submodule(str(node.target)))) or not isinstance(
+            net.get_submodule(str(node.target)), tuple(LAYERS)
+        )
+    else:
+        name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        allowed = _is_movement(node.target) or name in _OUTPUT_ACTIVATIONS
+    if not allowed:
+        return None
+    found: set[str] = set()
+    for source in node.all_input_nodes:
+        layers = _layers_behind(source, net, owning, feeding)
+        if layers is None:
+            return None
+        found |= layers
+    return found
+
+
+def _is_movement(target: Any) -> bool:
+    return RULES.get(target) is run_on_labels
+
+
+# Ties ----------------------------------------------------------------------------------------------------------------
+
+
+def _settle_ties(net: nn.Module, policies: dict[str, tuple[Policy, str]], graphs: tuple[fx.Graph, ...]) -> None:
+    """Give modules that share a parameter policies that can hold together.
+
+    A shared output layer that is tied to another layer (an embedding) stays shared, without a mask. Any other module
+    tied to one that has a copy per task gets a copy per task too.
+    """
+    read = {id(p) for g in graphs for n in g.nodes if n.op == "get_attr" for p in [_attribute(net, str(n.target))]}
+    changed = True
+    while changed:
+        changed = False
+        owners: dict[int, list[str]] = {}
+        for path in policies:
+            for parameter in net.get_submodule(path).parameters():
+                owners.setdefault(id(parameter), []).append(path)
+        for key, paths in owners.items():
+            tied = len(paths) > 1 or key in read
+            for path in paths if tied else ():
+                changed |= _settle(net, path, paths, policies, key in read)
+
+
+def _settle(
+    net: nn.Module, path: str, paths: list[str], policies: dict[str, tuple[Policy, str]], read: bool
+) -> bool:
+    policy = policies[path][0]
+    layer = net.get_submodule(path)
+    family = family_of(layer)
+    plain = family is not None and is_plain(layer, family)
+    if policy is Policy.HEAD and plain:
+        others = [policies[p][0] for p in paths if p != path]
+        if not all(p is Policy.HEAD for p in others) or read:
+            policies[path] = (Policy.UNMASKED, "output layer that shares its weight with another layer")
+            return True
+    separate = (Policy.PER_TASK, Policy.NORM, Policy.HEAD)
+    if policy not in separate and any(policies[p][0] in separate for p in paths):
+        policies[path] = (Policy.PER_TASK, "shares a parameter with a module that each task has its own of")
+        return True
+    if policy in separate and read:
+        raise ConversionError(
+            f"{path}: a parameter that each task has its own copy of is also read directly by another part of the "
+            "network; keep both parts in one module and convert that with policies={name: 'per_task'}"
+        )
+    return False
+
+
+def _attribute(net: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(net.get_submodule(owner), name)

@@ -1,0 +1,116 @@
+"""Conversion: trace → classify → analyse → plan → rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.classify import classify, detached_copy
+from hatify.errors import ConversionError
+from hatify.examples import infer_example_inputs
+from hatify.model import HatModel
+from hatify.nn.state import TaskState
+from hatify.plan import check_complete, make_plan
+from hatify.policy import Policy
+from hatify.rewrite import STATE, rewrite_graph, rewrite_modules
+from hatify.support import analyse
+from hatify.trace import trace
+
+S_MAX = 400.0
+
+
+def hatify(
+    net: nn.Module,
+    num_tasks: int,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | Tensor | None = None,
+    num_classes: int | Iterable[int] | None = None,
+    heads: str | Iterable[str] | None = "auto",
+    mask_init: str | float = "dense",
+    couple: bool = True,
+    s_max: float = S_MAX,
+    policies: Mapping[str, str] | None = None,
+    clamp: float | None = None,
+) -> HatModel:
+    """Convert a network into one that learns task after task without forgetting.
+
+    Args:
+        net: any network that torch.fx can trace; it is left untouched.
+        num_tasks: how many tasks there will be, at least 1.
+        example_inputs: what ``net.forward`` is called with: a tuple of positional or a dict of named inputs. None:
+            timm's input size, else one that the first layer accepts.
+        num_classes: outputs of each task's head: one number, or one per task; such heads are freshly initialised.
+            None: each task starts from a copy of the original head.
+        heads: the output layers, of which each task has its own: ``"auto"`` finds them, names choose them, None
+            makes ordinary mask-carrying layers of them.
+        mask_init: initial embeddings: ``"dense"`` (1 everywhere, HAT-CL section 4.1), ``"normal"`` (N(0, 1), the
+            original HAT), or a number.
+        couple: features that are added, multiplied or read by one input of a layer share a mask. False: one mask per
+            layer, as in the paper.
+        s_max: upper bound of the mask scale, above 1.
+        policies: {module name: ``"shared"``, ``"row"``, ``"unmasked"``, ``"per_task"`` or ``"head"``} overrides what
+            is planned; a module named ``"per_task"`` is not traced into.
+        clamp: reproduce the published clamp of |s·e| in Equation 3 (50 there); None for the exact form.
+
+    Returns:
+        A `HatModel`. With every mask on, it computes what `net` computes.
+
+    Raises:
+        ConversionError: the network cannot be traced, or an argument does not fit it.
+        ValueError: an argument is out of range.
+    """
+    classes = _check_arguments(net, num_tasks, num_classes, s_max)
+    inputs = _example_inputs(net, example_inputs)
+    overrides = dict(policies or {})
+    net = detached_copy(net)
+    traced = trace(net, inputs, frozenset(overrides))
+    classification = classify(net, traced.graphs, heads, overrides)
+    space, findings = analyse(net, traced.graphs, inputs, classification, couple)
+    plan = make_plan(net, traced.graphs, classification, space, findings)
+    check_complete(net, plan, traced.graphs)
+    if classes is not None and Policy.HEAD not in plan.modules.values():
+        raise ConversionError(f"{type(net).__name__}: num_classes is given, but no output layer was found; name it with heads=")
+    state = TaskState(plan.layout, num_tasks, mask_init, s_max, clamp, next(net.parameters(), torch.empty(0)))
+    rewrite_modules(net, plan, num_tasks, classes)
+    net.add_module(STATE, state)
+    for graph in traced.graphs:
+        rewrite_graph(net, graph, plan, findings.fold)
+    return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs)
+
+
+def _check_arguments(
+    net: nn.Module, num_tasks: int, num_classes: int | Iterable[int] | None, s_max: float
+) -> list[int] | None:
+    """The number of classes of each task, or None."""
+    if isinstance(net, HatModel):
+        raise ConversionError("the network has been converted already")
+    if not isinstance(net, nn.Module):
+        raise ConversionError(f"expected a torch.nn.Module, not {type(net).__name__}")
+    if STATE in net._modules:
+        raise ConversionError(f"a child named {STATE!r} is in the way: that name is reserved for the state of the tasks")
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in net.parameters()):
+        raise ConversionError("the network has lazy modules: run it on an input once, then convert it")
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+        raise ValueError(f"num_tasks must be a positive integer, not {num_tasks!r}")
+    if not s_max > 1:
+        raise ValueError(f"s_max must be above 1, not {s_max!r}")
+    if num_classes is None:
+        return None
+    classes = [num_classes] * num_tasks if isinstance(num_classes, int) else list(num_classes)
+    if len(classes) != num_tasks or not all(isinstance(n, int) and n > 0 for n in classes):
+        raise ValueError(f"num_classes must be a positive integer or {num_tasks} of them, not {num_classes!r}")
+    return classes
+
+
+def _example_inputs(
+    net: nn.Module, given: tuple[Any, ...] | dict[str, Any] | Tensor | None
+) -> tuple[Any, ...] | dict[str, Any]:
+    if given is None:
+        return infer_example_inputs(net)
+    if isinstance(given, Tensor):
+        return (given,)
+    return given if isinstance(given, dict) else tuple(given)
+
+

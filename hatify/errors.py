@@ -1,0 +1,21 @@
+"""What hatify raises and warns with."""
+
+
+class HatError(RuntimeError):
+    """Base class of every error hatify raises on purpose."""
+
+
+class ConversionError(HatError):
+    """A network cannot be converted; the message names the module, what was found, and what to do."""
+
+
+class TaskError(HatError):
+    """Tasks were begun, ended, selected or trained in an order that cannot be right."""
+
+
+class IsolationError(HatError):
+    """A finished task's outputs would change, or have changed."""
+
+
+class HatWarning(UserWarning):
+    """Something a user should know about that does not stop the work."""

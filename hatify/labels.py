@@ -1,0 +1,221 @@
+"""Support labels: for every element of every activation, the condition under which it may be non-zero.
+
+A label is an integer: ``ON`` (may always be non-zero), ``ZERO`` (is always zero), a *leaf* (non-zero only where that
+feature of a layer or parameter is on), or, without coupling, a negative number that names a set of leaves (non-zero
+only where one of them is on). Labels are stored in int64 tensors of the activation's shape whose constant dimensions
+have stride 0, so a convolution's output costs as many labels as it has channels, whatever the image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+ZERO = 0
+ON = 1
+FIRST_LEAF = 2
+#: Leaves of raw parameters are numbered from here, so that they can be told from features of layers.
+FIRST_RAW = 1 << 40
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """The leaves ``first … first + count - 1`` belong to the layer or parameter `owner`."""
+
+    owner: str
+    first: int
+    count: int
+
+
+class LabelSpace:
+    """Hands out leaves, combines labels, and remembers which leaves have met.
+
+    With ``couple=True`` features that meet are merged into one class (see `classes`), so a combination of two leaves
+    is again a leaf. With ``couple=False`` only raw parameters merge with the features they meet; combinations of
+    features are sets.
+    """
+
+    def __init__(self, couple: bool) -> None:
+        self.couple = couple
+        self.features: dict[str, Leaves] = {}
+        self.raw: dict[str, Leaves] = {}
+        self._next_feature = FIRST_LEAF
+        self._next_raw = FIRST_RAW
+        self._edges: list[Tensor] = []
+        self._set_of: dict[int, frozenset[int]] = {}
+        self._name_of: dict[frozenset[int], int] = {}
+
+    # Leaves ----------------------------------------------------------------------------------------------------------
+
+    def feature_leaves(self, owner: str, count: int) -> Tensor:
+        """The leaves of a layer's `count` output features, shape (count,); the same ones at each call."""
+        if owner not in self.features:
+            self.features[owner] = Leaves(owner, self._next_feature, count)
+            self._next_feature += count
+        first = self.features[owner].first
+        return torch.arange(first, first + count)
+
+    def raw_leaves(self, owner: str, shape: torch.Size) -> Tensor:
+        """The leaves of a raw parameter's elements, one each, in the parameter's shape."""
+        if owner not in self.raw:
+            self.raw[owner] = Leaves(owner, self._next_raw, shape.numel())
+            self._next_raw += shape.numel()
+        first = self.raw[owner].first
+        return torch.arange(first, first + shape.numel()).view(shape)
+
+    # Combinations ----------------------------------------------------------------------------------------------------
+
+    def either(self, a: Tensor, b: Tensor) -> Tensor:
+        """Labels of a sum: non-zero where `a` or `b` may be. Leaves that meet are coupled."""
+        a, b = torch.broadcast_tensors(a, b)
+        shape = a.shape
+        a, b = _compact_pair(a, b)
+        combined = torch.where(a == ZERO, b, torch.where(b == ZERO, a, self._meet(a, b, union=True)))
+        return combined.masked_fill((a == ON) | (b == ON), ON).expand(shape)
+
+    def both(self, a: Tensor, b: Tensor) -> Tensor:
+        """Labels of a product: non-zero only where `a` and `b` may both be. Leaves that meet are coupled."""
+        a, b = torch.broadcast_tensors(a, b)
+        shape = a.shape
+        a, b = _compact_pair(a, b)
+        combined = torch.where(a == ON, b, torch.where(b == ON, a, self._meet(a, b, union=False)))
+        return combined.masked_fill((a == ZERO) | (b == ZERO), ZERO).expand(shape)
+
+    def meet(self, a: Tensor, b: Tensor) -> None:
+        """Couple the leaves of `a` and `b`, element by element."""
+        self._meet(*_compact_pair(*torch.broadcast_tensors(a, b)), union=False)
+
+    def _meet(self, a: Tensor, b: Tensor, union: bool) -> Tensor:
+        """The label where two leaves or sets meet (elsewhere: `a`); for a product, either one bounds the support."""
+        meeting = is_leaf(a) & is_leaf(b) & (a != b)
+        if not meeting.any():
+            return a
+        from_raw = (a >= FIRST_RAW) | (b >= FIRST_RAW)
+        coupled = meeting & (a > ZERO) & (b > ZERO) & (from_raw | self.couple)
+        self._edges.append(torch.stack((a[coupled], b[coupled])).unique(dim=1))
+        result = torch.where(a >= FIRST_RAW, b, a)
+        rest = meeting & ~coupled
+        if union and rest.any():
+            pairs, index = torch.stack((a[rest], b[rest])).unique(dim=1, return_inverse=True)
+            unions = torch.tensor([self._union(x, y) for x, y in pairs.T.tolist()])
+            result = result.masked_scatter(rest, unions[index])
+        return result
+
+    def _union(self, x: int, y: int) -> int:
+        if max(x, y) >= FIRST_RAW:
+            return ON  # a set is not one feature, so a raw parameter cannot share its mask
+        members = self.members(x) | self.members(y)
+        name = self._name_of.setdefault(members, -1 - len(self._name_of))
+        self._set_of[name] = members
+        return name
+
+    def members(self, label: int) -> frozenset[int]:
+        """The leaves a leaf or set label stands for."""
+        return self._set_of[label] if label < 0 else frozenset((label,))
+
+    # Reductions ------------------------------------------------------------------------------------------------------
+
+    def merge(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
+        """Labels of a reduction over `dims` (kept with size 1): ON if any is ON, else all that meet are coupled."""
+        wanted = sorted({d % labels.ndim for d in dims}, reverse=True)
+        shape = [1 if d in wanted else n for d, n in enumerate(labels.shape)]
+        small = compact(labels)
+        kept = [d for d in range(small.ndim) if d not in wanted]
+        columns = small.permute(*kept, *wanted).reshape(*(small.shape[d] for d in kept), -1)
+        if columns.shape[-1] > 1:
+            columns = self._fold(columns)
+        result = columns.squeeze(-1)
+        for d in sorted(wanted):
+            result = result.unsqueeze(d)
+        return result.expand(shape)
+
+    def _fold(self, columns: Tensor) -> Tensor:
+        """Merge the last dimension."""
+        if not self.couple:
+            different = columns.reshape(-1, columns.shape[-1]).unique(dim=1)
+            return reduce(self.either, different.unbind(1)).view(*columns.shape[:-1], 1)
+        on = (columns == ON).any(-1, keepdim=True)
+        representative = columns.amax(-1, keepdim=True)
+        lowest = columns.masked_fill(~is_leaf(columns), FIRST_RAW << 1).amin(-1, keepdim=True)
+        representative = torch.where(representative > ON, lowest, representative)
+        meeting = is_leaf(columns) & (columns != representative) & ~on
+        if meeting.any():
+            pairs = torch.stack((columns[meeting], representative.expand_as(columns)[meeting]))
+            self._edges.append(pairs.unique(dim=1))
+        return representative.masked_fill(on, ON)
+
+    # Classes ---------------------------------------------------------------------------------------------------------
+
+    def classes(self) -> Classes:
+        """The classes of leaves that have met."""
+        edges = torch.cat(self._edges, 1) if self._edges else torch.empty(2, 0, dtype=torch.int64)
+        features = self._next_feature
+        raws = self._next_raw - FIRST_RAW
+
+        def dense(ids: Tensor) -> Tensor:
+            return torch.where(ids >= FIRST_RAW, ids - FIRST_RAW + features, ids)
+
+        root = connected_components(features + raws, dense(edges))
+        return Classes(root, features)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Leaves after coupling: ``root`` maps each leaf to the first leaf of its class."""
+
+    root: Tensor
+    features: int
+
+    def of(self, leaves: Tensor) -> Tensor:
+        """The class of each leaf, named by the lowest feature leaf in it, or by ON for raw parameters on their own."""
+        dense = torch.where(leaves >= FIRST_RAW, leaves - FIRST_RAW + self.features, leaves)
+        roots = torch.where(is_leaf(leaves), self.root[dense.clamp(min=0)], leaves)
+        return torch.where(roots >= self.features, ON, roots)
+
+
+def connected_components(count: int, edges: Tensor) -> Tensor:
+    """The lowest member of each node's component; `edges` has shape (2, number of edges)."""
+    root = torch.arange(count)
+    a, b = edges
+    while True:
+        low = torch.minimum(root[a], root[b])
+        updated = root.clone()
+        for end in (root[a], root[b]):
+            updated.scatter_reduce_(0, end, low, "amin")
+        while not torch.equal(hop := updated[updated], updated):
+            updated = hop
+        if torch.equal(updated, root):
+            return root
+        root = updated
+
+
+def is_leaf(labels: Tensor) -> Tensor:
+    """Where a label is a leaf or a set of leaves."""
+    return (labels >= FIRST_LEAF) | (labels < ZERO)
+
+
+def compact(labels: Tensor) -> Tensor:
+    """`labels` with every dimension along which they are constant reduced to size 1."""
+    for d, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
+        if size > 1:
+            first = labels.narrow(d, 0, 1)
+            if stride == 0 or (
+                torch.equal(first, labels.narrow(d, size - 1, 1)) and bool((labels == first).all())
+            ):
+                labels = first
+    return labels
+
+
+def varying_dims(labels: Tensor) -> tuple[int, ...]:
+    """The dimensions along which `labels` are not constant."""
+    return tuple(d for d, n in enumerate(compact(labels).shape) if n > 1)
+
+
+def _compact_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two label tensors of one shape, with the dimensions along which both are constant reduced to size 1."""
+    small_a, small_b = compact(a), compact(b)
+    return torch.broadcast_tensors(small_a, small_b)  # type: ignore[return-value]

@@ -1,0 +1,196 @@
+"""Equation 2: which entries finished tasks own, and the guard that keeps them through any optimizer.
+
+Masked gradients alone do not protect a weight: weight decay, momentum from an earlier task and Adam's epsilon move
+weights whose gradient is zero. While a task is open, the guard therefore puts locked entries back after every step
+of any optimizer that holds parameters of the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hatify.gate import EMBEDDING_LIMIT
+from hatify.nn.per_task import PER_TASK, owned_by
+
+if TYPE_CHECKING:
+    from hatify.model import HatModel
+    from hatify.plan import Use
+
+
+def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Tensor:
+    """Equation 2, exactly: an entry is locked where some task has both the feature it writes and the one it reads on.
+
+    The printed form compares the cumulative maxima over tasks, and so also locks entries between a feature that only
+    one task uses and a feature that only another one uses.
+
+    Args:
+        uses: how the parameter's entries connect features.
+        masks: the finished tasks' binary masks, bool, shape (tasks, slots).
+        shape: the parameter's shape.
+
+    Returns:
+        bool, of the parameter's shape.
+    """
+    locked = torch.zeros((1,) * len(shape), dtype=torch.bool, device=masks.device)
+    for mask in masks:
+        extended = torch.cat((mask, mask.new_ones(1)))
+        for use in uses:
+            entries = extended[use.written.to(mask.device)].any(-1)
+            if use.read is not None:
+                entries = entries & extended[use.read.to(mask.device)].any(-1)
+            locked = locked | entries
+    return locked.expand(shape)
+
+
+@dataclass
+class _Partial:
+    """A parameter some of whose entries are locked: `lock` is 0 or 1, in the parameter's dtype."""
+
+    name: str
+    parameter: nn.Parameter
+    saved: Tensor
+    lock: Tensor
+
+
+@dataclass
+class _Whole:
+    """A tensor that belongs to finished tasks as a whole."""
+
+    name: str
+    tensor: Tensor
+    saved: Tensor
+    version: int
+
+
+class Guard:
+    """Protects finished tasks while `task` is open, and remembers the state to return to if it is abandoned."""
+
+    def __init__(self, model: HatModel, task: int, saved: dict[str, Tensor] | None = None) -> None:
+        self.saved = saved or {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
+        state = model.task_state
+        others = [t for t, done in enumerate(state.finished) if done and t != task]
+        self.used = state.used(besides=task).to(state.embeddings[task].dtype)
+        self.embedding = state.embeddings[task]
+        masks = state.finished_masks[others]
+        tensors = dict(named_tensors(model))
+        self.partial: list[_Partial] = []
+        self.whole: list[_Whole] = []
+        if others:
+            for name, uses in model.uses.items():
+                parameter = tensors[name]
+                lock = locked_entries(uses, masks, parameter.shape)
+                if lock.all():
+                    self._keep_whole(name, parameter)
+                elif lock.any():
+                    assert isinstance(parameter, nn.Parameter)
+                    self.partial.append(_Partial(name, parameter, self.saved[name], lock.to(parameter.dtype)))
+            names = {id(tensor): name for name, tensor in tensors.items()}
+            for tensor in owned_by_tasks(model, others):
+                self._keep_whole(names[id(tensor)], tensor)
+            for name in model.constants:
+                self._keep_whole(name, tensors[name])
+        self._handles = [p.parameter.register_post_accumulate_grad_hook(_GradientLock(p.lock)) for p in self.partial]
+        self._handles += [
+            w.tensor.register_post_accumulate_grad_hook(_drop_gradient)
+            for w in self.whole
+            if isinstance(w.tensor, nn.Parameter) and w.tensor.requires_grad
+        ]
+        self._parameters = {id(p) for p in model.parameters()}
+        self._handles.append(register_optimizer_step_post_hook(_StepHook(self)))
+        weakref.finalize(self, _remove_all, self._handles)
+
+    def _keep_whole(self, name: str, tensor: Tensor) -> None:
+        self.whole.append(_Whole(name, tensor, self.saved[name], tensor._version))
+
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether `optimizer` updates a parameter of this guard's model."""
+        return any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put locked entries back, and keep embeddings within reach of their gradient."""
+        finite = self.embedding.is_cuda or bool(torch.isfinite(self.embedding.sum()))
+        for p in self.partial:
+            if finite and not p.parameter.is_cuda:
+                p.parameter.lerp_(p.saved, p.lock)  # exact for weights of 0 and 1, but not where NaN is to be replaced
+            else:
+                p.parameter.copy_(torch.where(p.lock.bool(), p.saved, p.parameter))
+        for w in self.whole:
+            if w.tensor._version != w.version:
+                w.tensor.copy_(w.saved)
+                w.version = w.tensor._version
+        self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
+
+    @torch.no_grad()
+    def changed(self) -> dict[str, int]:
+        """{name: how many locked entries are not what they were}; these are put back."""
+        found = {}
+        for p in self.partial:
+            different = (p.parameter != p.saved) & p.lock.bool()
+            if count := int(different.sum()):
+                found[p.name] = count
+                p.parameter.copy_(torch.where(different, p.saved, p.parameter))
+        for w in self.whole:
+            if not torch.equal(w.tensor, w.saved):
+                found[w.name] = int((w.tensor != w.saved).sum())
+                w.tensor.copy_(w.saved)
+        return found
+
+    def close(self) -> None:
+        """Remove every hook."""
+        _remove_all(self._handles)
+
+
+class _GradientLock:
+    """Multiplies a parameter's accumulated gradient by 1 − lock, in place."""
+
+    def __init__(self, lock: Tensor) -> None:
+        self.lock = lock
+
+    def __call__(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is not None and not grad.is_sparse:
+            grad.addcmul_(grad, self.lock.to(grad.dtype), value=-1)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _StepHook:
+    """Called after every step of every optimizer; holds its guard weakly."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = weakref.ref(guard)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        guard = self.guard()
+        if guard is not None and guard.holds(optimizer):
+            guard.restore()
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer, by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def owned_by_tasks(model: HatModel, tasks: Iterable[int]) -> list[Tensor]:
+    """Every tensor of which each of `tasks` has its own, the embeddings included."""
+    modules = [m for m in model.modules() if isinstance(m, PER_TASK)]
+    owned = {id(t): t for task in tasks for m in modules for t in owned_by(m, task)}
+    owned |= {id(e): e for task in tasks for e in [model.task_state.embeddings[task]]}
+    return list(owned.values())

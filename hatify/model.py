@@ -1,0 +1,350 @@
+"""The converted network."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hatify.errors import HatError, HatWarning, TaskError
+from hatify.gate import gate
+from hatify.lock import Guard, named_tensors
+from hatify.nn.per_task import PER_TASK, owned_by
+from hatify.nn.state import TaskState
+from hatify.plan import Census, Plan, Use
+from hatify.regularization import capacity_regularization
+from hatify.rewrite import STATE
+
+#: Attributes that are built anew in a copy rather than copied.
+_NOT_COPIED = ("_graph", "_graphs", "_guard")
+
+
+class HatModel(fx.GraphModule):
+    """A network that learns one task after another and forgets none; made by `hatify.hatify`.
+
+    It is called like the original. Between `begin_task` and `end_task` it learns one task; `set_task` chooses which
+    task answers. `code` and `graph` show the original's structure with the mask operations in it, and parameters that
+    tasks share keep their names.
+
+    Attributes:
+        census: what happens to every parameter and buffer of the original (a tuple of `Entry`; prints as a table).
+        s_max: the upper bound of the mask scale.
+        example_inputs: what the original was converted with.
+    """
+
+    census: Census
+    s_max: float
+    example_inputs: tuple[Any, ...] | dict[str, Any]
+    uses: dict[str, list[Use]]
+    constants: tuple[str, ...]
+    _owners: dict[str, str]
+    _graphs: dict[bool, fx.Graph]
+    _guard: Guard | None
+
+    def __init__(
+        self,
+        root: nn.Module,
+        training: fx.Graph,
+        evaluation: fx.Graph,
+        plan: Plan,
+        s_max: float,
+        example_inputs: tuple[Any, ...] | dict[str, Any],
+    ) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name="HatModel")
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[table] = vars(root)[table]
+        self.training = root.training
+        for name, value in vars(root).items():
+            if name not in self.__dict__ and not hasattr(type(self), name):
+                self.__dict__[name] = value
+        self.__dict__.update(
+            census=plan.census,
+            s_max=s_max,
+            example_inputs=example_inputs,
+            uses=plan.uses,
+            constants=tuple(e.name for e in plan.census if e.policy == "constant"),
+            _owners=plan.owners,
+            _trainable={name for name, p in self.named_parameters() if p.requires_grad},
+            _guard=None,
+        )
+        self._install({True: training, False: evaluation})
+        self._settle()
+
+    # The graph -------------------------------------------------------------------------------------------------------
+
+    def _install(self, graphs: dict[bool, fx.Graph]) -> None:
+        self.__dict__["_graphs"] = graphs
+        self._select_graph()
+
+    def _select_graph(self) -> None:
+        """Use the graph of the current mode. Most networks have one graph for both."""
+        graph = self._graphs[self.training]
+        if self.__dict__.get("_graph") is not graph:
+            self.__dict__["_graph"] = graph
+            graph.owning_module = self
+            self.recompile()
+
+    def train(self, mode: bool = True) -> HatModel:
+        super().train(mode)
+        if "_graphs" in self.__dict__:
+            self._select_graph()
+        return self
+
+    def recompile(self) -> Any:
+        """Generate ``forward`` from the graph.
+
+        The original's children keep their names even where those are names of methods here; the generated code
+        reaches such a child through the table it is registered in.
+        """
+        tables = ("_modules", "_parameters", "_buffers")
+        own = {name: table for table in tables for name in self.__dict__[table] if _taken(self, name)}
+        if not own:
+            return super().recompile()
+        pattern = re.compile(rf"\bself\.({'|'.join(map(re.escape, own))})\b")
+
+        def reach_children(lines: list[str]) -> list[str]:
+            return [pattern.sub(lambda m: f"self.{own[m[1]]}[{m[1]!r}]", line) for line in lines]
+
+        with self._graph.on_generate_code(lambda _: reach_children):
+            return super().recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
+        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
+        graphs = _copy_graphs(self._graphs, memo)
+        guard = self._guard
+        saved = None if guard is None else {name: tensor.clone() for name, tensor in guard.saved.items()}
+        return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
+        saved = None if self._guard is None else self._guard.saved
+        return _rebuild, (state, _copy_graphs(self._graphs, {}), saved, type(self).__name__)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HatModel:
+        saved = None if self._guard is None else self._guard.saved
+        super()._apply(fn, recurse)
+        if saved is not None:
+            self._open_guard({name: fn(tensor) for name, tensor in saved.items()})
+        return self
+
+    # Tasks -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def task_state(self) -> TaskState:
+        """The module that holds embeddings and masks."""
+        return self._modules[STATE]  # type: ignore[return-value]
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there is room for."""
+        return len(self.task_state.embeddings)
+
+    @property
+    def finished_tasks(self) -> tuple[int, ...]:
+        """The tasks that have been ended, in order of their numbers."""
+        return tuple(t for t, done in enumerate(self.task_state.finished) if done)
+
+    @property
+    def active_task(self) -> int | None:
+        """The task that is open for training, or None."""
+        return self.task_state.learning
+
+    @property
+    def mask_scale(self) -> float:
+        """s of Equation 1, positive; usually set by `MaskScale`."""
+        return float(self.task_state.scale)
+
+    @mask_scale.setter
+    def mask_scale(self, scale: float) -> None:
+        if not scale > 0:
+            raise ValueError(f"the mask scale must be positive, not {scale}")
+        self.task_state.scale.fill_(scale)
+
+    def begin_task(self, task: int) -> None:
+        """Open a task for training, and lock what the finished tasks own.
+
+        Switches to training mode and sets the mask scale to ``s_max``. A finished task is reopened: it may change, the
+        others may not.
+
+        Args:
+            task: 0 … num_tasks − 1.
+
+        Raises:
+            TaskError: another task is open, or there is no such task.
+        """
+        self._check_task(task)
+        if self.active_task is not None:
+            raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
+        self.task_state.learning = task
+        self._set_task(task)
+        self._settle()
+        self._open_guard()
+        self.mask_scale = self.s_max
+        self.zero_grad(set_to_none=True)
+        self.train()
+
+    def end_task(self) -> None:
+        """Close the open task: its masks become binary and fixed. Switches to evaluation mode.
+
+        Warns with `HatWarning` if a layer's mask is off altogether (its strongest feature is kept on), if a layer has
+        no free features left, and if weights that finished tasks own were changed behind the guard's back (they are
+        put back).
+
+        Raises:
+            TaskError: no task is open.
+            HatError: a parameter or buffer of the network is not finite; `abort_task` undoes the task.
+        """
+        guard, task = self._require_open("end_task")
+        for name, count in guard.changed().items():
+            warnings.warn(
+                f"{name}: {count} entries that finished tasks own were changed during task {task}, outside any "
+                "optimizer step; they have been put back",
+                HatWarning,
+                stacklevel=2,
+            )
+        for name, tensor in named_tensors(self):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
+        state = self.task_state
+        mask = state.binary(task)
+        self._warn_of_capacity(mask)
+        state.finish(task, mask)
+        self._close_guard()
+
+    def abort_task(self) -> None:
+        """Abandon the open task: everything is as it was at `begin_task`, bit for bit. Switches to evaluation mode.
+
+        Make a new optimizer afterwards; the old one still holds the abandoned task's momentum.
+
+        Raises:
+            TaskError: no task is open.
+        """
+        guard, _ = self._require_open("abort_task")
+        with torch.no_grad():
+            for name, tensor in named_tensors(self):
+                tensor.copy_(guard.saved[name])
+        self._close_guard()
+
+    def set_task(self, task: int) -> None:
+        """Choose the task that answers.
+
+        Raises:
+            TaskError: there is no such task.
+        """
+        self._check_task(task)
+        self._set_task(task)
+
+    @contextmanager
+    def task(self, task: int) -> Iterator[HatModel]:
+        """Within the context, `task` answers."""
+        before = self.task_state.task
+        self.set_task(task)
+        try:
+            yield self
+        finally:
+            self._set_task(before)
+
+    def masks(self, task: int) -> dict[str, Tensor]:
+        """The binary masks of a task: {name of layer or parameter: bool, shape (features,)}.
+
+        Layers whose features meet (a residual stream) have the same mask.
+        """
+        self._check_task(task)
+        state = self.task_state
+        masks = state.masks_from(state.binary(task).to(state.scale.dtype))
+        return {owner: masks[name] > 0 for owner, name in self._owners.items()}
+
+    def regularization(self, per_layer: bool = True, quota: bool = True) -> Tensor:
+        """Equation 5 for the open task, a scalar to be added to the loss; see `capacity_regularization`."""
+        guard, task = self._require_open("regularization")
+        state = self.task_state
+        gates = gate(state.embeddings[task], state.scale, state.s_max, state.clamp)
+        return capacity_regularization(
+            gates, guard.used, state.layer, len(state.groups), self.num_tasks, per_layer, quota
+        )
+
+    # Internals -------------------------------------------------------------------------------------------------------
+
+    def _check_task(self, task: int) -> None:
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
+            raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
+
+    def _set_task(self, task: int) -> None:
+        for module in self.modules():
+            if isinstance(module, (*PER_TASK, TaskState)):
+                module.task = task
+
+    def _require_open(self, call: str) -> tuple[Guard, int]:
+        task = self.active_task
+        if self._guard is None or task is None:
+            raise TaskError(f"{call}() needs an open task: call begin_task() first")
+        return self._guard, task
+
+    def _open_guard(self, saved: Mapping[str, Tensor] | None = None) -> None:
+        if self._guard is not None:
+            self._guard.close()
+        assert self.active_task is not None
+        self.__dict__["_guard"] = Guard(self, self.active_task, dict(saved) if saved else None)
+
+    def _close_guard(self) -> None:
+        assert self._guard is not None
+        self._guard.close()
+        self.__dict__["_guard"] = None
+        self.task_state.learning = None
+        self.zero_grad(set_to_none=True)
+        self._settle()
+        self.eval()
+
+    def _settle(self) -> None:
+        """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
+        state = self.task_state
+        names = {id(p): name for name, p in self.named_parameters()}
+        for task in range(self.num_tasks):
+            learns = not state.finished[task] if state.learning is None else state.learning == task
+            own = [t for m in self.modules() if isinstance(m, PER_TASK) for t in owned_by(m, task)]
+            for parameter in (*own, state.embeddings[task]):
+                if isinstance(parameter, nn.Parameter):
+                    parameter.requires_grad_(learns and names[id(parameter)] in self._trainable)
+
+    def _warn_of_capacity(self, mask: Tensor) -> None:
+        state = self.task_state
+        task = self.active_task
+        assert task is not None
+        forced = mask & (state.embeddings[task] <= 0)
+        taken = mask | state.used(besides=task)
+        for name, (start, stop) in state.groups.items():
+            if forced[start:stop].any():
+                message = f"{name}: task {task} has every feature off; its strongest one is kept on"
+                warnings.warn(message, HatWarning, stacklevel=3)
+            if taken[start:stop].all() and len(self.finished_tasks) + 1 < self.num_tasks:
+                message = f"{name}: no feature is left that is free of finished tasks; later tasks can only reuse them"
+                warnings.warn(message, HatWarning, stacklevel=3)
+
+
+def _taken(model: HatModel, name: str) -> bool:
+    """Whether ``model.name`` would not find the child `name`."""
+    return name in model.__dict__ or hasattr(type(model), name)
+
+
+def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
+    training = copy.deepcopy(graphs[True], memo)
+    return {True: training, False: training if graphs[True] is graphs[False] else copy.deepcopy(graphs[False], memo)}
+
+
+def _rebuild(
+    state: dict[str, Any], graphs: dict[bool, fx.Graph], saved: dict[str, Tensor] | None, name: str
+) -> HatModel:
+    """A model from what `copy.deepcopy` or `pickle` kept of it."""
+    model = HatModel.__new__(HatModel)
+    type(model).__name__ = name
+    model.__dict__.update(state, _guard=None)
+    model._install(graphs)
+    if saved is not None:
+        model._open_guard(saved)
+    return model

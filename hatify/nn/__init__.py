@@ -1,0 +1,1 @@
+"""The modules and functions a converted network is made of."""

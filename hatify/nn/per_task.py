@@ -1,0 +1,65 @@
+"""Modules, parameters and buffers of which each task has its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from hatify.nn.norms import NORMS
+
+
+class PerTask(nn.ModuleList):
+    """One copy of a module per task; `task` says which one answers.
+
+    Args:
+        module: the original, which becomes the first task's copy.
+        memos: one deep-copy memo per further task, so that parameters tied across modules stay tied within a task.
+    """
+
+    task: int = 0
+
+    def __init__(self, module: nn.Module, memos: list[dict[int, Any]]) -> None:
+        super().__init__([module, *(copy.deepcopy(module, memo) for memo in memos)])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self[self.task](*args, **kwargs)
+
+
+class PerTaskNorm(PerTask):
+    """One normalisation per task; with a mask of shape (features,), statistics are taken over the active features."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        norm = self[self.task]
+        return norm(x) if mask is None else NORMS[type(norm)](norm, x, mask)
+
+
+class PerTaskTensor(nn.Module):
+    """One copy of a raw parameter or buffer per task, named ``"0"``, ``"1"``, …; calling it returns the task's."""
+
+    task: int = 0
+
+    def __init__(self, value: Tensor, num_tasks: int) -> None:
+        super().__init__()
+        for task in range(num_tasks):
+            if isinstance(value, nn.Parameter):
+                own = value if task == 0 else nn.Parameter(value.detach().clone(), value.requires_grad)
+                self.register_parameter(str(task), own)
+            else:
+                self.register_buffer(str(task), value if task == 0 else value.clone())
+
+    def forward(self) -> Tensor:
+        return getattr(self, str(self.task))  # type: ignore[no-any-return]
+
+
+def owned_by(module: nn.Module, task: int) -> list[Tensor]:
+    """The parameters and buffers of a per-task module that belong to `task`."""
+    if isinstance(module, PerTask):
+        return [*module[task].parameters(), *module[task].buffers()]
+    if isinstance(module, PerTaskTensor):
+        return [getattr(module, str(task))]
+    return []
+
+
+PER_TASK = (PerTask, PerTaskTensor)

@@ -1,0 +1,130 @@
+"""The state of the tasks: embeddings, masks, which task answers, which one learns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.errors import TaskError
+from hatify.gate import gate
+
+if TYPE_CHECKING:
+    from hatify.plan import Layout
+
+
+class TaskState(nn.Module):
+    """Holds one embedding per feature and task, and yields the masks of the task that is set.
+
+    Calling it returns ``{name: mask}`` with masks of shape (features,) in [0, 1]: soft ones, Equation 1, for the task
+    that is learning in training mode, binary ones otherwise.
+
+    Attributes:
+        embeddings: e of each task, shape (slots,).
+        finished_masks: the binary masks of finished tasks, bool, shape (tasks, slots).
+        finished: whether each task is finished.
+        scale: s, a scalar.
+        task: the task that answers.
+        learning: the task that is open for training, or None.
+    """
+
+    finished_masks: Tensor
+    scale: Tensor
+    layer: Tensor
+
+    def __init__(
+        self, layout: Layout, num_tasks: int, mask_init: str | float, s_max: float, clamp: float | None, like: Tensor
+    ) -> None:
+        super().__init__()
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        self.num_slots = layout.num_slots
+        self.groups = dict(layout.groups)
+        self.mask_init, self.s_max, self.clamp = mask_init, s_max, clamp
+        self.embeddings = nn.ParameterList(
+            initial_embedding(self.num_slots, mask_init, like.device, dtype) for _ in range(num_tasks)
+        )
+        self.register_buffer("finished_masks", torch.zeros(num_tasks, self.num_slots, dtype=torch.bool, device=like.device))
+        self.finished = [False] * num_tasks
+        self.register_buffer("scale", torch.tensor(s_max, device=like.device, dtype=dtype))
+        layers = [torch.full((stop - start,), i) for i, (start, stop) in enumerate(layout.groups.values())]
+        layer = torch.cat(layers) if layers else torch.empty(0, dtype=torch.int64)
+        self.register_buffer("layer", layer.to(like.device), persistent=False)
+        self.index_names = tuple(layout.indices)
+        for i, index in enumerate(layout.indices.values()):
+            self.register_buffer(f"index_{i}", index.to(like.device), persistent=False)
+        self.task = 0
+        self.learning: int | None = None
+
+    def forward(self) -> dict[str, Tensor]:
+        return self.masks_from(self.gates())
+
+    def gates(self) -> Tensor:
+        """The flat vector of all gates of the task that is set, shape (slots,)."""
+        embedding = self.embeddings[self.task]
+        if self.training:
+            if self.learning is None:
+                raise TaskError("a forward pass in training mode, but no task is open: call begin_task() or eval()")
+            if self.learning != self.task:
+                raise TaskError(
+                    f"task {self.learning} is learning, but task {self.task} is set: call eval() before asking another "
+                    "task, or set_task() to return"
+                )
+            return gate(embedding, self.scale, self.s_max, self.clamp)
+        return self.binary(self.task).to(embedding.dtype)
+
+    def binary(self, task: int) -> Tensor:
+        """The binary mask of a task, bool, shape (slots,): fixed once it is finished, 1[e > 0] before.
+
+        Where a whole layer would be off, its feature with the largest embedding stays on.
+        """
+        if self.finished[task] and self.learning != task:
+            return self.finished_masks[task]
+        embedding = self.embeddings[task].detach()
+        on = embedding > 0
+        layers = len(self.groups)
+        largest = embedding.new_full((layers,), -torch.inf).scatter_reduce(0, self.layer, embedding, "amax")
+        empty = torch.zeros(layers, dtype=torch.bool, device=on.device).index_put((self.layer[on],), on.new_ones(())) == 0
+        return on | (empty[self.layer] & (embedding == largest[self.layer]))
+
+    def masks_from(self, gates: Tensor) -> dict[str, Tensor]:
+        """Every mask, by name, from the flat vector of gates."""
+        pieces = torch.split(gates, [stop - start for start, stop in self.groups.values()]) if self.groups else ()
+        masks = dict(zip(self.groups, pieces, strict=True))
+        if self.index_names:
+            extended = torch.cat((gates, gates.new_ones(1)))
+            for i, name in enumerate(self.index_names):
+                chosen = extended[getattr(self, f"index_{i}")]
+                masks[name] = chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.amax(1)
+        return masks
+
+    def used(self, besides: int | None = None) -> Tensor:
+        """Slots that finished tasks have on, bool, shape (slots,); `besides` is left out."""
+        counted = [task for task, done in enumerate(self.finished) if done and task != besides]
+        return self.finished_masks[counted].any(0)
+
+    def finish(self, task: int, mask: Tensor) -> None:
+        """Fix the masks of a task."""
+        self.finished_masks[task] = mask
+        self.finished[task] = True
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"task": self.task, "learning": self.learning, "finished": list(self.finished)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.task, self.learning, self.finished = state["task"], state["learning"], list(state["finished"])
+
+
+def initial_embedding(slots: int, init: str | float, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """A task's embedding before training.
+
+    Raises:
+        ValueError: `init` is neither ``"dense"``, ``"normal"`` nor a number.
+    """
+    if init == "normal":
+        return nn.Parameter(torch.randn(slots, device=device, dtype=dtype))
+    if init == "dense":
+        init = 1.0
+    if isinstance(init, bool) or not isinstance(init, (int, float)):
+        raise ValueError(f"mask_init must be 'dense', 'normal' or a number, not {init!r}")
+    return nn.Parameter(torch.full((slots,), float(init), device=device, dtype=dtype))

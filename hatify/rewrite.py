@@ -1,0 +1,161 @@
+"""Graph surgery: turn a traced network into a mask-carrying one, following a plan."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from hatify.errors import ConversionError
+from hatify.nn.functional import masked
+from hatify.nn.layers import LAYERS, family_of
+from hatify.nn.norms import FEATURE_DIMS, zero_at_zero
+from hatify.nn.per_task import PerTask, PerTaskNorm, PerTaskTensor
+from hatify.plan import MaskedNode, Plan
+from hatify.policy import Policy
+
+#: The one name in the converted network that is hatify's own.
+STATE = "_hat"
+
+
+def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Sequence[int] | None) -> None:
+    """Swap the modules and tensors of `net`, in place: mask-carrying layers, copies per task, heads."""
+    memos: list[dict[int, Any]] = [{} for _ in range(num_tasks - 1)]
+    for path, policy in plan.modules.items():
+        module = net.get_submodule(path)
+        if policy is Policy.NORM:
+            replace_module(net, path, PerTaskNorm(module, memos))
+        elif policy is Policy.PER_TASK or (policy is Policy.HEAD and num_classes is None):
+            replace_module(net, path, PerTask(module, memos))
+        elif policy is Policy.HEAD:
+            assert num_classes is not None
+            replace_module(net, path, heads_of_size(path, module, num_classes))
+    for name, policy in plan.tensors.items():
+        if policy is Policy.PER_TASK and not _inside(name, plan):
+            owner, attribute = parent(net, name)
+            value = getattr(owner, attribute)
+            delattr(owner, attribute)
+            owner.add_module(attribute, PerTaskTensor(value, num_tasks))
+
+
+def _inside(name: str, plan: Plan) -> bool:
+    """Whether a parameter or buffer belongs to a module that has a policy of its own."""
+    return any(name.startswith(f"{path}.") for path in plan.modules)
+
+
+def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int]) -> PerTask:
+    """Freshly initialised heads like `head`, with one number of classes for each task."""
+    family = family_of(head)
+    if family is None or type(head) not in LAYERS:
+        raise ConversionError(
+            f"{path}: cannot make a {type(head).__name__} with another number of classes; "
+            "leave num_classes out, or name another layer with heads="
+        )
+    heads = PerTask(family.resized(head, num_classes[0]), [])
+    heads.extend(family.resized(head, classes) for classes in num_classes[1:])
+    return heads
+
+
+def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, fold: dict[str, bool]) -> None:
+    """Insert the masks of `plan` into `graph`; `net` holds the swapped modules.
+
+    A layer's mask is left out where only normalisations follow that keep features apart and carry the same mask.
+    """
+    _read_per_task_tensors(graph, plan)
+    masks = _call_state(graph, plan)
+    handles: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        planned = plan.nodes.get(node)
+        if planned is None or _deferred(node, planned, net, plan):
+            continue
+        if planned.mask not in handles:
+            with graph.inserting_before(node):
+                name = f"{planned.mask.replace('.', '_')}_mask"
+                handles[planned.mask] = graph.create_node(
+                    "call_function", operator.getitem, (masks, planned.mask), name=name
+                )
+        _apply(node, planned, handles[planned.mask], net, plan, fold)
+    graph.lint()
+
+
+def _call_state(graph: fx.Graph, plan: Plan) -> fx.Node | None:
+    """Call the task state once, ahead of everything else. Without masks it is still called, for its checks."""
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        return graph.create_node("call_module", STATE, name="masks")
+
+
+def _read_per_task_tensors(graph: fx.Graph, plan: Plan) -> None:
+    for node in graph.nodes:
+        if node.op == "get_attr" and plan.tensors.get(str(node.target)) is Policy.PER_TASK:
+            node.op, node.args = "call_module", ()
+
+
+def _deferred(node: fx.Node, planned: MaskedNode, net: nn.Module, plan: Plan) -> bool:
+    """Whether the mask of a layer can wait for the normalisations that are its only users."""
+    if node.op != "call_module" or plan.modules.get(str(node.target)) not in (Policy.SHARED, Policy.ROW):
+        return False
+    for user in node.users:
+        if user.op != "call_module" or plan.modules.get(str(user.target)) is not Policy.NORM:
+            return False
+        own = plan.nodes.get(user)
+        norm = net.get_submodule(str(user.target))[0]  # type: ignore[index]
+        if own is None or own.mask != planned.mask or not _inside_norm(norm, own) or not keeps_features_apart(norm):
+            return False
+    return bool(node.users)
+
+
+def keeps_features_apart(norm: nn.Module) -> bool:
+    """Whether each feature is normalised by statistics of its own."""
+    return isinstance(norm, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
+
+
+def _inside_norm(norm: nn.Module, planned: MaskedNode) -> bool:
+    """Whether the masked dimension is one that the normalisation treats as features."""
+    if planned.dim not in FEATURE_DIMS[type(norm)](norm, planned.ndim):
+        return False
+    shape = getattr(norm, "normalized_shape", (0,))
+    return len(shape) == 1 or len(set(shape)) == len(shape)
+
+
+def _apply(
+    node: fx.Node, planned: MaskedNode, mask: fx.Node, net: nn.Module, plan: Plan, fold: dict[str, bool]
+) -> None:
+    """Hand the mask to the module at `node` if that can use it, else multiply the output."""
+    path = str(node.target)
+    policy = plan.modules.get(path) if node.op == "call_module" else None
+    if policy is Policy.SHARED and type(net.get_submodule(path)) in {*LAYERS, *LAYERS.values()}:
+        layer = net.get_submodule(path)
+        if type(layer) in LAYERS:
+            LAYERS[type(layer)].adopt(layer, fold.get(path, False))
+        node.kwargs = {**node.kwargs, "mask": mask}
+        return
+    if policy is Policy.NORM:
+        norm = net.get_submodule(path)[0]  # type: ignore[index]
+        if _inside_norm(norm, planned):
+            node.kwargs = {**node.kwargs, "mask": mask}
+            if zero_at_zero(norm):
+                return
+    dim = None if planned.dim is None else planned.dim - planned.ndim
+    graph = node.graph
+    with graph.inserting_after(node):
+        product = graph.call_function(masked, (node, mask, dim))
+    node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
+
+
+def replace_module(net: nn.Module, path: str, replacement: nn.Module) -> None:
+    """Put `replacement` wherever the module at `path` is registered."""
+    original = net.get_submodule(path)
+    replacement.training = original.training
+    for module in list(net.modules()):
+        for name, child in module._modules.items():
+            if child is original and module is not replacement:
+                module._modules[name] = replacement
+
+
+def parent(net: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds `name`, and the last part of the name."""
+    owner, _, attribute = name.rpartition(".")
+    return net.get_submodule(owner), attribute

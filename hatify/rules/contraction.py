@@ -1,0 +1,126 @@
+"""Products that sum over a dimension: matrix products, attention, einsum, and layers written as functions."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from hatify.labels import ON, varying_dims
+from hatify.rules.reduction import read_along
+from hatify.rules.registry import Call, Labels, rule
+
+
+@rule(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
+def matmul(call: Call) -> Labels:
+    """(… M K) @ (… K N): a column is non-zero only where the second operand's column is, a row only where the
+    first's row is. Features contracted with each other (queries and keys) are coupled."""
+    a, b = (call.labels_of(arg) for arg in call.node.args[:2])
+    if a.ndim < 2 or b.ndim < 2:
+        return call.all_on()
+    return _product(call, a, b)
+
+
+def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    """Labels of ``a @ b``, both at least two-dimensional."""
+    contracted_a, contracted_b = (a.ndim - 1) in varying_dims(a), (b.ndim - 2) in varying_dims(b)
+    if contracted_a and contracted_b:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        keys = call.space.merge(b, [b.ndim - 1]).transpose(-1, -2).expand(*batch, 1, b.shape[-2])
+        queries = call.space.merge(a, [a.ndim - 2]).expand(*batch, 1, a.shape[-1])
+        call.space.meet(queries, keys)
+    shape = call.out.shape
+    rows = torch.tensor(ON) if contracted_a else a[..., :1]
+    columns = torch.tensor(ON) if contracted_b else b[..., :1, :]
+    return torch.where(columns == ON, rows, columns).expand(shape)
+
+
+@rule(F.scaled_dot_product_attention)
+def attention(call: Call) -> Labels:
+    """softmax(q kᵀ) v: an output feature is non-zero only where that feature of v is; q and k are coupled."""
+    q, k, v = (call.label(i, name) for i, name in enumerate(("query", "key", "value")))
+    if k.shape[:-2] == q.shape[:-2]:
+        call.space.meet(call.space.merge(q, [-2]), call.space.merge(k, [-2]))
+    if (v.ndim - 2) in varying_dims(v):
+        v = call.space.merge(v, [-2])
+    return v[..., :1, :].expand(call.out.shape) if v.shape[:-2] == call.out.shape[:-2] else call.all_on()
+
+
+@rule(torch.einsum, torch.functional.einsum)
+def einsum(call: Call) -> Labels:
+    """Two operands: as `matmul`; an output is non-zero only where the operand that holds its index may be."""
+    equation, *operands = call.node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or "." in equation or "->" not in equation or len(operands) != 2:
+        return call.all_on()
+    inputs, output = equation.replace(" ", "").split("->")
+    labels = [call.labels_of(operand) for operand in operands]
+    result = torch.tensor(ON).expand(call.out.shape)
+    for names, label in zip(inputs.split(","), labels, strict=True):
+        varying = {names[d] for d in varying_dims(label)}
+        if varying <= set(output):
+            kept = label[tuple(slice(None) if n in output else 0 for n in names)]
+            order = sorted((n for n in names if n in output), key=output.index)
+            kept = kept.permute([[n for n in names if n in output].index(n) for n in order])
+            shape = [kept.shape[order.index(n)] if n in order else 1 for n in output]
+            placed = kept.reshape(shape).expand(call.out.shape)
+            result = torch.where(result == ON, placed, result)
+    contracted = [n for n in inputs.split(",")[0] if n in inputs.split(",")[1] and n not in output]
+    if len(contracted) == 1:
+        _meet_along(call, inputs.split(","), labels, contracted[0])
+    return result
+
+
+def _meet_along(call: Call, names: list[str], labels: list[Tensor], contracted: str) -> None:
+    """Couple the features of two operands along the index they are contracted over, where both vary along it."""
+    shared = [n for n in names[0] if n in names[1]]
+    aligned = []
+    for own, label in zip(names, labels, strict=True):
+        if own.index(contracted) not in varying_dims(label):
+            return
+        merged = call.space.merge(label, [d for d, n in enumerate(own) if n not in shared])
+        merged = merged[tuple(slice(None) if n in shared else 0 for n in own)]
+        own_shared = [n for n in own if n in shared]
+        aligned.append(merged.permute([own_shared.index(n) for n in shared]))
+    call.space.meet(*aligned)
+
+
+#: Weighted layers written as functions.
+FUNCTIONAL_LAYERS = (
+    F.linear, torch._C._nn.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
+)  # fmt: skip
+
+
+@rule(*FUNCTIONAL_LAYERS)
+def functional_layer(call: Call) -> Labels:
+    """A layer written as a function. A weight read straight from a parameter is shared like a layer's own."""
+    weight_node, bias_node = call.given(1, "weight"), call.given(2, "bias")
+    source = weight_node.target if isinstance(weight_node, fx.Node) and weight_node.op == "get_attr" else None
+    groups = call.argument(6, "groups", 1) if "conv" in str(call.node.target) else 1
+    if source is None or groups != 1:
+        _mark_opaque(call, weight_node)
+        _mark_opaque(call, bias_node)
+        return call.all_on()
+    weight = call.argument(1, "weight")
+    dim = -1 if weight.ndim == 2 else 1 - weight.ndim
+    call.findings.reads.setdefault(source, []).append(read_along(call, call.label(0), dim))
+    if source in call.output_weights:
+        return call.all_on()
+    written = call.space.feature_leaves(source, weight.shape[0])
+    if bias_node is not None:
+        call.space.meet(written, call.labels_of(bias_node))
+    shape = (1,) * (call.out.ndim + dim) + (-1,) + (1,) * (-1 - dim)
+    return call.mask(written.view(shape).expand(call.out.shape))
+
+
+def _mark_opaque(call: Call, node: object) -> None:
+    """Every parameter that `node` is computed from acts as a whole."""
+    if not isinstance(node, fx.Node):
+        return
+    if node.op == "get_attr":
+        call.findings.opaque.add(str(node.target))
+    for earlier in node.all_input_nodes:
+        _mark_opaque(call, earlier)

@@ -1,0 +1,67 @@
+"""Modules with parameters, by their policy."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hatify.labels import varying_dims
+from hatify.nn.layers import family_of
+from hatify.policy import Policy
+from hatify.rules.reduction import read_along
+from hatify.rules.registry import Call, Labels
+
+#: Modules that mix the features of their input.
+MIXERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, nn.Transformer, nn.TransformerEncoder,
+          nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # fmt: skip
+
+#: The batch size for which to decide whether masking a layer's weight is cheaper than masking its output.
+USUAL_BATCH = 8
+
+
+def module_labels(call: Call, policy: Policy) -> Labels:
+    """Labels of the output of a module with parameters or buffers."""
+    assert call.module is not None
+    if policy in (Policy.SHARED, Policy.ROW, Policy.UNMASKED):
+        return weighted(call, policy)
+    if policy is Policy.HEAD or isinstance(call.module, MIXERS) or family_of(call.module) is not None:
+        return call.all_on()
+    return like_input(call)
+
+
+def weighted(call: Call, policy: Policy) -> Labels:
+    """A mask-carrying layer reads the labels of its input features and writes leaves of its own."""
+    layer, path = call.module, str(call.node.target)
+    family = family_of(layer)  # type: ignore[arg-type]
+    assert family is not None
+    read_dim, written_dim = family.dims(layer)
+    read = None
+    if read_dim is not None:
+        read = read_along(call, call.label(0, "x" if "x" in call.node.kwargs else "input"), read_dim)
+        call.findings.reads.setdefault(path, []).append(read)
+    if policy is Policy.UNMASKED:
+        return call.all_on()
+    features = family.features(layer)
+    written = call.space.feature_leaves(path, features)
+    groups = getattr(layer, "groups", 1)
+    if call.space.couple and read is not None and 1 < groups == read.shape[0]:
+        # A depthwise convolution filters each channel on its own: what comes out is the same feature.
+        call.space.meet(written, read.repeat_interleave(features // groups))
+    call.findings.fold[path] = layer.weight.numel() < USUAL_BATCH * call.out[:1].numel()  # type: ignore[union-attr]
+    shape = [1] * call.out.ndim
+    shape[written_dim] = features
+    return call.mask(written.view(shape).expand(call.out.shape))
+
+
+def like_input(call: Call) -> Labels:
+    """An operation without a rule whose output has the features of its input where they were: mask them again.
+
+    This also serves normalisations: their masks are applied inside.
+    """
+    labels = call.label(0, next(iter(call.node.kwargs), "input"))
+    if not isinstance(call.out, Tensor) or not isinstance(labels, Tensor) or labels.ndim != call.out.ndim:
+        return call.all_on()
+    dims = varying_dims(labels)
+    if len(dims) != 1 or labels.shape[dims[0]] != call.out.shape[dims[0]]:
+        return call.all_on()
+    vector = labels[tuple(slice(None) if d in dims else slice(1) for d in range(labels.ndim))]
+    return call.mask(vector.expand(call.out.shape))

@@ -1,0 +1,101 @@
+"""Operations that only move elements: the same operation, run on the labels, gives the labels of the result."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hatify.labels import ZERO
+from hatify.rules.registry import Call, Labels, constant_labels, rule
+
+
+def run_on_labels(call: Call) -> Labels:
+    """Run the operation on the labels of its first argument; every other argument keeps its value."""
+    first = call.labels_of(call.node.args[0]) if call.node.args else None
+    kwargs = dict(call.kwargs)
+    for name in ("input", "tensors", "self", "x"):
+        if first is None and name in kwargs:
+            first = kwargs[name] = call.labels_of(call.node.kwargs[name])
+            return _run(call, (), kwargs)
+    return _run(call, (first, *call.args[1:]), kwargs)
+
+
+def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
+    if call.node.op == "call_method":
+        target = getattr(torch.Tensor, str(call.node.target))
+    else:
+        target = call.module if call.node.op == "call_module" else call.node.target
+    try:
+        return target(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        # Some kernels exist for floating point only; labels are small enough to be exact in float64.
+        as_float = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype == torch.int64 else t, args)
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.long, target(*as_float, **kwargs))
+
+
+rule(
+    torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim,
+    torch.moveaxis, torch.squeeze, torch.unsqueeze, torch.unflatten, torch.t, torch.adjoint, torch.ravel,
+    torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.select, torch.narrow,
+    torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack,
+    torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.broadcast_to,
+    torch.broadcast_tensors, torch.index_select, torch.gather, torch.tril, torch.triu, torch.diagonal,
+    torch.as_strided, torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, torch.clone, torch.detach,
+    torch.movedim, torch.atleast_2d, torch.take_along_dim, torch.meshgrid,
+    F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold,
+    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
+    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d,
+    nn.CircularPad3d, nn.Identity,
+    "reshape", "view", "view_as", "reshape_as", "flatten", "permute", "transpose", "swapaxes", "swapdims", "movedim",
+    "moveaxis", "squeeze", "unsqueeze", "unflatten", "t", "adjoint", "ravel", "chunk", "split", "tensor_split",
+    "unbind", "select", "narrow", "roll", "flip", "tile", "repeat", "repeat_interleave", "expand", "expand_as",
+    "broadcast_to", "index_select", "gather", "tril", "triu", "diagonal", "as_strided", "contiguous", "clone",
+    "detach", "unfold", "take_along_dim", "mT", "squeeze_", "unsqueeze_",
+)(run_on_labels)  # fmt: skip
+
+
+@rule(operator.getitem)
+def item(call: Call) -> Labels:
+    """An element of a container, or an indexed tensor."""
+    labels = call.label(0)
+    return None if labels is None else labels[call.args[1]]
+
+
+@rule(getattr)
+def attribute(call: Call) -> Labels:
+    """``x.T`` and ``x.mT`` move data; other attributes (shape, device, …) carry no labels."""
+    labels = call.label(0)
+    if isinstance(labels, Tensor) and isinstance(call.out, Tensor):
+        moved = call.args[1] in ("T", "mT", "H", "mH", "data")
+        return getattr(labels, call.args[1]) if moved else call.all_on()
+    return call.all_on()
+
+
+@rule(F.pad, torch._C._nn.pad)
+def pad(call: Call) -> Labels:
+    """Padding moves data; what a constant pads with is on unless it is zero."""
+    labels, padding = call.label(0), call.argument(1, "pad")
+    mode, value = call.argument(2, "mode", "constant"), call.argument(3, "value")
+    if mode != "constant":
+        return _run(call, (labels, padding, mode), {})
+    return F.pad(labels, padding, value=1 if value else ZERO)
+
+
+@rule("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
+def cast(call: Call) -> Labels:
+    """Casts and moves between devices."""
+    return call.label(0)
+
+
+@rule(
+    torch.zeros, torch.zeros_like, torch.empty, torch.empty_like, "new_zeros", "new_empty", "zero_",
+)  # fmt: skip
+def zeros(call: Call) -> Labels:
+    """Fresh zeros. Uninitialised memory is the network's own business."""
+    is_zero = "zero" in str(getattr(call.node.target, "__name__", call.node.target))
+    return constant_labels(call.out, ZERO) if is_zero else call.all_on()

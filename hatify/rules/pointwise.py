@@ -1,0 +1,148 @@
+"""Elementwise operations: those that keep zero, those that do not, sums and products."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hatify.labels import ON, compact, is_leaf, varying_dims
+from hatify.rules.registry import Call, Labels, rule
+
+
+@rule(
+    torch.relu, torch.tanh, torch.sin, torch.tan, torch.asin, torch.atan, torch.sinh, torch.neg, torch.abs, torch.sign,
+    torch.square, torch.sqrt, torch.erf, torch.expm1, torch.log1p, torch.round, torch.trunc, torch.real, torch.dropout,
+    torch.nan_to_num, torch.relu_, torch.hardshrink,
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish,
+    F.hardswish, F.hardtanh, F.hardtanh_, F.tanh, F.tanhshrink, F.softshrink, F.hardshrink, F.softsign, F.rrelu,
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Hardtanh, nn.Tanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Softsign, nn.RReLU,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.LocalResponseNorm,
+    F.normalize, F.local_response_norm,
+    operator.neg, operator.abs, operator.pos,
+    "relu", "relu_", "tanh", "tanh_", "sin", "neg", "abs", "sign", "square", "sqrt", "erf", "expm1", "log1p",
+    "round", "trunc", "nan_to_num", "requires_grad_",
+)  # fmt: skip
+def zero_preserving(call: Call) -> Labels:
+    """f(0) = 0 elementwise: the support stays as it is. (Normalising to unit length is of this kind too.)"""
+    return call.label(0)
+
+
+@rule(
+    torch.sigmoid, torch.exp, torch.cos, torch.cosh, torch.acos, torch.exp2, torch.erfc,
+    F.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.threshold,
+    nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    "sigmoid", "sigmoid_", "exp", "cos", "cosh", "hardsigmoid",
+)  # fmt: skip
+def bounded_at_zero(call: Call) -> Labels:
+    """f(0) is finite but not zero: a mask behind it makes an off feature zero again."""
+    return call.mask(call.label(0))
+
+
+@rule(torch.clamp, torch.clip, "clamp", "clamp_", "clip", nn.Hardtanh, F.hardtanh, torch.clamp_min, torch.clamp_max)
+def clamp(call: Call) -> Labels:
+    """Clamping keeps zero if zero lies within the bounds."""
+    if call.module is not None:
+        low, high = call.module.min_val, call.module.max_val
+    else:
+        low, high = call.argument(1, "min", -math.inf), call.argument(2, "max", math.inf)
+        low, high = call.kwargs.get("min_val", low), call.kwargs.get("max_val", high)
+    numbers = all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
+    within = numbers and (low is None or low <= 0) and (high is None or high >= 0)
+    return call.label(0) if within else call.mask(call.label(0))
+
+
+@rule(operator.pow, torch.pow, "pow", "pow_")
+def power(call: Call) -> Labels:
+    """x ** p keeps zero for constant p > 0."""
+    exponent = call.argument(1, "exponent")
+    return call.label(0) if isinstance(exponent, (int, float)) and exponent > 0 else call.all_on()
+
+
+@rule(operator.truediv, torch.div, torch.true_divide, "div", "div_", "true_divide", operator.floordiv)
+def divide(call: Call) -> Labels:
+    """x / y is zero where x is. The result of number / tensor is on."""
+    labels = call.label(0)
+    return labels.expand(call.out.shape) if isinstance(labels, Tensor) and isinstance(call.out, Tensor) else call.all_on()
+
+
+@rule(
+    operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, torch.subtract,
+    "add", "add_", "sub", "sub_", torch.maximum, torch.minimum, torch.rsub,
+)  # fmt: skip
+def add(call: Call) -> Labels:
+    """A sum may be non-zero where either term may. Features that are added share a mask.
+
+    A constant, an unmasked input or the output of a mixer over positions is ON everywhere; a mask behind the sum keeps
+    such a term from filling features that are off.
+    """
+    if not isinstance(call.out, Tensor):
+        return call.all_on()
+    a, b = (_expanded(call.labels_of(arg), call.out) for arg in call.node.args[:2])
+    dims_a, dims_b = varying_dims(a), varying_dims(b)
+    if _features(a) and _features(b) and not set(dims_a) & set(dims_b) and (dims_a or dims_b):
+        # Features of one term lie across those of the other: they do not meet one to one.
+        full = call.labels_of(call.node.args[0])
+        first = isinstance(full, Tensor) and full.shape == call.out.shape and bool(dims_a)
+        return call.mask(a if first or not dims_b else b)
+    result = call.space.either(a, b)
+    filled = ((a == ON) & is_leaf(b)) | ((b == ON) & is_leaf(a))
+    if not filled.any():
+        return result
+    featured, dims = (a, dims_a) if _features(a) else (b, dims_b)
+    if not dims:
+        return call.all_on()
+    return call.mask(torch.where(filled & is_leaf(featured), featured, result))
+
+
+@rule(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+def multiply(call: Call) -> Labels:
+    """A product may be non-zero only where both factors may. Features that are multiplied share a mask."""
+    if not isinstance(call.out, Tensor):
+        return call.all_on()
+    a, b = (_expanded(call.labels_of(arg), call.out) for arg in call.node.args[:2])
+    dims_a, dims_b = set(varying_dims(a)), set(varying_dims(b))
+    if _features(a) and _features(b) and not dims_a & dims_b:
+        wide, narrow = (a, b) if len(dims_a) >= len(dims_b) else (b, a)
+        return torch.where(wide == ON, narrow, wide)
+    return call.space.both(a, b)
+
+
+@rule(torch.where, "where")
+def where(call: Call) -> Labels:
+    """Either branch."""
+    if call.node.op == "call_method":
+        chosen = (call.node.args[0], call.node.args[2])
+    else:
+        chosen = call.node.args[1:3]
+    a, b = (_expanded(call.labels_of(arg), call.out) for arg in chosen)
+    return call.space.either(a, b)
+
+
+@rule(torch.masked_fill, "masked_fill", "masked_fill_")
+def masked_fill(call: Call) -> Labels:
+    """Filling with zero keeps the support; with anything else, everything may be on."""
+    return call.label(0).expand(call.out.shape) if call.argument(2, "value") == 0 else call.all_on()
+
+
+@rule(torch.lerp, torch.addcmul, torch.addcdiv, "lerp", "addcmul", "addcdiv")
+def blend(call: Call) -> Labels:
+    """Sums of products, taken as sums."""
+    total = _expanded(call.labels_of(call.node.args[0]), call.out)
+    for arg in call.node.args[1:]:
+        total = call.space.either(total, _expanded(call.labels_of(arg), call.out))
+    return total
+
+
+def _expanded(labels: Labels, out: Tensor) -> Tensor:
+    return labels.expand(out.shape)
+
+
+def _features(labels: Tensor) -> bool:
+    """Whether any element is a feature."""
+    return bool(is_leaf(compact(labels)).any())

@@ -1,0 +1,99 @@
+"""Pooling, resampling, and reductions over dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hatify.labels import is_leaf, varying_dims
+from hatify.rules.registry import Call, Labels, rule
+
+
+@rule(
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool1d, F.lp_pool2d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, torch.avg_pool1d, torch.adaptive_avg_pool1d,
+    torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d, F.interpolate, F.upsample,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
+)  # fmt: skip
+def spatial(call: Call) -> Labels:
+    """Pooling and resampling work within a channel."""
+    labels = call.label(0)
+    if not isinstance(call.out, Tensor):
+        return call.all_on()
+    batched = labels.ndim - 2 if labels.ndim == call.out.ndim else 1
+    merged = call.space.merge(labels, range(labels.ndim - batched, labels.ndim))
+    return merged.expand(call.out.shape)
+
+
+@rule(
+    torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, torch.std, torch.var, torch.norm,
+    torch.logsumexp, torch.linalg.vector_norm, torch.var_mean, torch.std_mean, torch.median,
+    "mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "median",
+)  # fmt: skip
+def reduce(call: Call) -> Labels:
+    """Over positions, the feature's label; over features, ON.
+
+    Where features differ between the positions reduced over (class token and patches, groups that are summed), they
+    are coupled, unless the dimension is kept: that is how statistics for a normalisation are taken.
+    """
+    if isinstance(call.labels_of(call.given(1, "other")), Tensor):
+        return call.all_on()  # elementwise max or min of two tensors
+    labels = call.label(0)
+    dims = _dims(call.argument(1, "dim"), labels.ndim)
+    keepdim = bool(call.argument(2, "keepdim", False))
+    varying = set(varying_dims(labels))
+    if _name(call) in ("logsumexp",) or (varying & dims and (keepdim or not varying - dims)):
+        return call.all_on()
+    merged = call.space.merge(labels, dims)
+    if not keepdim:
+        merged = merged[tuple(0 if d in dims else slice(None) for d in range(labels.ndim))]
+    return _like_output(call, merged)
+
+
+def _like_output(call: Call, labels: Tensor) -> Labels:
+    """Reductions such as ``max`` return (values, indices)."""
+    if isinstance(call.out, Tensor):
+        return labels if labels.shape == call.out.shape else call.all_on()
+    return tuple(labels if o.is_floating_point() else call.all_on(o) for o in call.out)
+
+
+@rule(torch.cumsum, "cumsum", torch.softmax, F.softmax, F.log_softmax, nn.Softmax, nn.LogSoftmax, "softmax")
+def mixing(call: Call) -> Labels:
+    """Every output along the dimension depends on every input."""
+    return call.all_on()
+
+
+def _dims(dim: int | Sequence[int] | None, ndim: int) -> set[int]:
+    if dim is None:
+        return set(range(ndim))
+    return {d % ndim for d in ([dim] if isinstance(dim, int) else dim)}
+
+
+def _name(call: Call) -> str:
+    return str(getattr(call.node.target, "__name__", call.node.target))
+
+
+def read_along(call: Call, labels: Tensor, dim: int) -> Tensor:
+    """What a layer that contracts `dim` reads: one label per input feature, shape (I,).
+
+    Different features at different positions of one input feature are coupled. Where the labels do not vary along
+    `dim` but do elsewhere, the layer mixes positions, and each position is ON.
+    """
+    dim %= labels.ndim
+    varying = set(varying_dims(labels))
+    if varying - {d for d in range(labels.ndim) if d == dim} and dim not in varying and _has_leaf(labels):
+        return torch.ones(labels.shape[dim], dtype=torch.int64)
+    merged = call.space.merge(labels, [d for d in range(labels.ndim) if d != dim])
+    return merged[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))]
+
+
+def _has_leaf(labels: Tensor) -> bool:
+    return bool(is_leaf(labels).any())

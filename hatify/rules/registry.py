@@ -1,0 +1,122 @@
+"""The registry of operation rules: how support labels pass through each kind of node.
+
+A rule is a function from a `Call` to the labels of the call's output. Register it with the functions, tensor method
+names and module types it is for::
+
+    @rule(torch.relu, F.relu, "relu", nn.ReLU)
+    def zero_preserving(call):
+        return call.label(0)
+
+Rules may be conservative but never optimistic: `ON` is always a correct answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hatify.labels import ON, ZERO, LabelSpace, is_leaf, varying_dims
+
+#: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
+Labels = Any
+Rule = Callable[["Call"], Labels]
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for functions, tensor method names (strings) and module types (exactly these types)."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            RULES[target] = function
+        return function
+
+    return register
+
+
+@dataclass
+class Findings:
+    """What the analysis learns about the nodes of a graph, and about raw parameters and buffers."""
+
+    #: Labels of the input features a weighted layer's call reads: {parameter or module: [labels (I,), …]}.
+    reads: dict[str, list[Tensor]] = field(default_factory=dict)
+    #: Nodes whose output gets a mask, with the labels (features,), the feature dimension, and how many dimensions
+    #: the output has.
+    masks: dict[fx.Node, tuple[Tensor, int, int]] = field(default_factory=dict)
+    #: Buffers that the forward pass writes to.
+    moving: set[str] = field(default_factory=set)
+    #: Layers whose weight is smaller than their output, so that masking the weight costs less.
+    fold: dict[str, bool] = field(default_factory=dict)
+    #: Parameters whose entries do not act on features one by one.
+    opaque: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Call:
+    """One node being analysed: its arguments, its output, and the labels of its arguments."""
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    module: nn.Module | None
+    space: LabelSpace
+    findings: Findings
+    labels_of: Callable[[Any], Labels]
+    #: Parameters that are the weight of an output layer.
+    output_weights: frozenset[str] = frozenset()
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """The value of an argument, by position or name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def given(self, position: int, name: str) -> Any:
+        """The graph's argument itself (a node or a constant)."""
+        node_args = self.node.args
+        return node_args[position] if position < len(node_args) else self.node.kwargs.get(name)
+
+    def label(self, position: int, name: str = "input") -> Labels:
+        """The labels of an argument."""
+        return self.labels_of(self.given(position, name))
+
+    def all_on(self, like: Any = None) -> Labels:
+        """``ON`` for every tensor of the output."""
+        return constant_labels(self.out if like is None else like, ON)
+
+    def mask(self, labels: Tensor, value: Tensor | None = None) -> Tensor:
+        """Ask for a mask on this node's output, so that its support becomes `labels`; ON where that cannot be.
+
+        A mask can be inserted where the features lie along one dimension. Labels that hold no leaf need none.
+        """
+        out = self.out if value is None else value
+        if labels.shape != out.shape:
+            return self.all_on()
+        dims = varying_dims(labels)
+        if len(dims) > 1 or not is_leaf(labels).any():
+            return self.all_on() if len(dims) > 1 else labels
+        dim = dims[0] if dims else out.ndim - 1
+        index = [0] * out.ndim
+        vector = labels[tuple(slice(None) if d == dim else 0 for d in range(out.ndim))] if dims else labels[tuple(index)]
+        self.findings.masks[self.node] = (vector.reshape(-1), dim, out.ndim)
+        return labels
+
+
+def constant_labels(value: Any, label: int) -> Labels:
+    """`label` for every tensor in `value`."""
+    if isinstance(value, Tensor):
+        return torch.full((1,) * value.ndim, label).expand(value.shape)
+    if isinstance(value, (tuple, list)):
+        return tuple(constant_labels(v, label) for v in value)
+    if isinstance(value, dict):
+        return {k: constant_labels(v, label) for k, v in value.items()}
+    return None
+
+
+def scalar_label(value: Any) -> Tensor:
+    """The label of a Python number: zero or not."""
+    return torch.tensor(ZERO if value == 0 else ON)

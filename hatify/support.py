@@ -1,0 +1,140 @@
+"""The support analysis: run a graph on example inputs, and propagate support labels beside the values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hatify.classify import Classification, classify
+from hatify.labels import LabelSpace
+from hatify.rules import RULES
+from hatify.rules.layers import like_input, module_labels
+from hatify.rules.registry import Call, Findings, Labels, constant_labels, scalar_label
+
+
+class SupportInterpreter(fx.Interpreter):
+    """Executes `graph` and computes the support labels of every value.
+
+    Args:
+        net: the network the graph was traced from.
+        graph: one of its graphs.
+        classification: the policy of each module with parameters or buffers.
+        space: where leaves and couplings are recorded.
+        findings: where reads and masks are recorded.
+
+    Example:
+        >>> space, findings = LabelSpace(couple=True), Findings()
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> graph = fx.Tracer().trace(net)
+        >>> policies = {"0": Policy.SHARED, "2": Policy.HEAD}
+        >>> _ = SupportInterpreter(net, graph, classification, space, findings).run(torch.randn(2, 4))
+        >>> [(node.name, labels.tolist()) for node, (labels, dim, _) in findings.masks.items()]
+        [('_0', [2, 3, 4])]
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        graph: fx.Graph,
+        classification: Classification,
+        space: LabelSpace,
+        findings: Findings,
+    ) -> None:
+        super().__init__(net, graph=graph)
+        self.modules = classification.modules
+        self.output_weights = classification.output_weights
+        self.space = space
+        self.findings = findings
+        self.labels: dict[fx.Node, Labels] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        versions = {node: self.env[node]._version for node in n.all_input_nodes if isinstance(self.env[node], Tensor)}
+        out = super().run_node(n)
+        self.labels[n] = self._labels(n, out)
+        for node, version in versions.items():
+            if self.env[node]._version != version:
+                self._written(node, n)
+        for node in self.user_to_last_uses.get(n, []):
+            self.labels.pop(node, None)
+        return out
+
+    def _labels(self, node: fx.Node, out: Any) -> Labels:
+        if node.op == "placeholder":
+            return constant_labels(out, 1)
+        if node.op == "get_attr":
+            raw = isinstance(out, nn.Parameter) and out.is_floating_point()
+            return self.space.raw_leaves(str(node.target), out.shape) if raw else constant_labels(out, 1)
+        if node.op == "output":
+            return None
+        module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        call = Call(node, args, kwargs, out, module, self.space, self.findings, self._labels_of, self.output_weights)
+        if not any(isinstance(t, Tensor) for t in torch.utils._pytree.tree_leaves(out)):
+            return None
+        if module is not None and str(node.target) in self.modules:
+            return module_labels(call, self.modules[str(node.target)][0])
+        rule = RULES.get(type(module) if module is not None else node.target)
+        return rule(call) if rule is not None else like_input(call)
+
+    def _labels_of(self, argument: Any) -> Labels:
+        """Labels of a graph's argument: a node, a number, or a container of these."""
+        if isinstance(argument, fx.Node):
+            labels = self.labels.get(argument)
+            if labels is None and isinstance(self.env.get(argument), (bool, int, float)):
+                return scalar_label(self.env[argument])
+            return labels
+        if isinstance(argument, (tuple, list)):
+            return tuple(self._labels_of(a) for a in argument)
+        if isinstance(argument, (bool, int, float)):
+            return scalar_label(argument)
+        return None
+
+    def _written(self, node: fx.Node, writer: fx.Node) -> None:
+        """`writer` changed the value of `node` in place: so did the labels, and those of what `node` is a view of."""
+        if node.op == "get_attr":
+            self.findings.moving.add(str(node.target))
+        result, own = self.labels[writer], self.labels.get(node)
+        same = isinstance(result, Tensor) and isinstance(own, Tensor) and result.shape == own.shape
+        self.labels[node] = result if same else constant_labels(self.env[node], 1)
+        if writer in self.findings.masks and same:
+            # The mask is put behind the writer, so the written value itself stays unmasked.
+            self.labels[node] = constant_labels(self.env[node], 1)
+        for source in node.all_input_nodes:
+            value = self.env.get(source)
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == self.env[node].untyped_storage().data_ptr():
+                self.labels[source] = constant_labels(value, 1)
+
+
+def analyse(
+    net: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    classification: Classification,
+    couple: bool,
+) -> tuple[LabelSpace, Findings]:
+    """Run every graph of `net` in evaluation mode and collect what the analysis finds; `net` is not changed."""
+    space, findings = LabelSpace(couple), Findings()
+    saved = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for graph in graphs:
+                SupportInterpreter(net, graph, classification, space, findings).run(*positional(graph, example_inputs))
+    finally:
+        for name, buffer in net.named_buffers():
+            buffer.copy_(saved[name])
+        for module, mode in modes.items():
+            module.training = mode
+    return space, findings
+
+
+def positional(graph: fx.Graph, example_inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, ...]:
+    """Example inputs in the order of the graph's placeholders, defaults filled in."""
+    names = [(node.target, node.args) for node in graph.nodes if node.op == "placeholder"]
+    if isinstance(example_inputs, dict):
+        return tuple(example_inputs.get(str(name), default[0] if default else None) for name, default in names)
+    rest = names[len(example_inputs):]
+    return (*example_inputs, *(default[0] if default else None for _, default in rest))

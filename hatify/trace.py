@@ -1,0 +1,284 @@
+"""Capture a network's forward pass as torch.fx graphs, one for training and one for evaluation.
+
+Symbolic tracing freezes every ``if self.training`` at the value it had while tracing. Networks are therefore traced
+in both modes. Where the two graphs differ only in constants (functional dropout, attention dropout), they are merged
+into one graph that reads the flag when it runs; where they differ in structure, both are kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from hatify.errors import ConversionError
+from hatify.nn.functional import by_mode
+
+#: Subclasses of these stay whole: what their ``forward`` does to the weight decides how the weight may be shared.
+LEAF_BASES = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    _NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network's graphs. ``training`` and ``evaluation`` are one and the same object where one graph serves both."""
+
+    training: fx.Graph
+    evaluation: fx.Graph
+
+    @property
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """The distinct graphs."""
+        return (self.evaluation,) if self.training is self.evaluation else (self.evaluation, self.training)
+
+
+class HatTracer(fx.Tracer):
+    """An ``fx.Tracer`` that keeps whole what must not be opened, and knows where it is when tracing fails.
+
+    Leaves are torch's own modules (but not containers), subclasses of weighted and normalising layers,
+    parametrised modules, modules without children whose ``forward`` looks at ``self.training``, timm's ``notrace``
+    registrations, and the modules named in `leaves`.
+    """
+
+    def __init__(self, leaves: frozenset[str], proxy_buffers: bool) -> None:
+        leaf_types, functions = _timm_registrations()
+        super().__init__(autowrap_functions=functions)
+        self.proxy_buffer_attributes = proxy_buffers
+        self.leaves = leaves
+        self.leaf_types = leaf_types
+        self.innermost = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves or isinstance(m, self.leaf_types):
+            return True
+        if isinstance(m, LEAF_BASES) or hasattr(m, "parametrizations"):
+            return True
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        return not any(m.children()) and not m._parameters and _reads_training_flag(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        outer, self.innermost = self.innermost, self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.innermost = outer
+        return result
+
+
+def trace(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], leaves: frozenset[str]) -> Traced:
+    """Trace `net` in training and in evaluation mode; its own modes are left as they were.
+
+    Arguments of ``forward`` that `example_inputs` leaves out are fixed at their defaults, and so are arguments that
+    are not tensors; calling the result with another value for them raises.
+
+    Raises:
+        ConversionError: symbolic tracing failed; names the module and the line.
+    """
+    concrete = _concrete_arguments(net, example_inputs)
+    with _modes_restored(net):
+        net.train()
+        training = _trace_once(net, concrete, leaves)
+        net.eval()
+        evaluation = _trace_once(net, concrete, leaves)
+    merged = merge(training, evaluation)
+    return Traced(merged, merged) if merged is not None else Traced(training, evaluation)
+
+
+def merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph | None:
+    """One graph for both modes, or None where they differ in more than constants.
+
+    A constant that differs becomes a node that reads the ``training`` flag of the module the node came from.
+    """
+    pairs = list(zip(training.nodes, evaluation.nodes, strict=False))
+    if len(training.nodes) != len(evaluation.nodes):
+        return None
+    twin = dict(pairs)
+    differing: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
+    for node, other in pairs:
+        if (node.op, node.target) != (other.op, other.target):
+            return None
+        merged = _merge_arguments((node.args, node.kwargs), (other.args, other.kwargs), twin, other)
+        if merged is None:
+            return None
+        arguments, changed = merged
+        if changed:
+            differing.append((other, *arguments))
+    for node, args, kwargs in differing:
+        node.args, node.kwargs = args, kwargs
+    return evaluation
+
+
+class _Differs(Exception):
+    """Two arguments differ in structure."""
+
+
+def _merge_arguments(a: Any, b: Any, twin: dict[fx.Node, fx.Node], at: fx.Node) -> tuple[Any, bool] | None:
+    """Arguments `a` (training) and `b` (evaluation) as one; the nodes that choose are inserted before `at`."""
+    changed = False
+
+    def walk(x: Any, y: Any) -> Any:
+        nonlocal changed
+        if isinstance(x, fx.Node) or isinstance(y, fx.Node):
+            if isinstance(x, fx.Node) and twin.get(x) is y:
+                return y
+            raise _Differs
+        if type(x) is not type(y):
+            raise _Differs
+        if isinstance(x, (tuple, list)):
+            if len(x) != len(y):
+                raise _Differs
+            return type(y)(walk(i, j) for i, j in zip(x, y, strict=True))
+        if isinstance(x, dict):
+            if x.keys() != y.keys():
+                raise _Differs
+            return {key: walk(x[key], y[key]) for key in x}
+        if isinstance(x, slice):
+            return slice(*(walk(i, j) for i, j in zip(_ends(x), _ends(y), strict=True)))
+        if x == y or (x != x and y != y):
+            return y
+        if not isinstance(x, (bool, int, float)):
+            raise _Differs
+        changed = True
+        return _mode_dependent(at, x, y)
+
+    try:
+        return walk(a, b), changed
+    except _Differs:
+        return None
+
+
+def _ends(piece: slice) -> tuple[Any, Any, Any]:
+    return piece.start, piece.stop, piece.step
+
+
+def _mode_dependent(at: fx.Node, in_training: Any, in_evaluation: Any) -> fx.Node:
+    """A node before `at` that yields `in_training` or `in_evaluation`, by the flag of the module `at` came from."""
+    stack = at.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    with at.graph.inserting_before(at):
+        flag = at.graph.create_node("get_attr", f"{path}.training" if path else "training", name="training")
+        if in_training is True and in_evaluation is False:
+            return flag
+        if in_training is False and in_evaluation is True:
+            return at.graph.call_function(operator.not_, (flag,))
+        return at.graph.call_function(by_mode, (flag, in_training, in_evaluation))
+
+
+def _trace_once(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str]) -> fx.Graph:
+    try:
+        return _trace_strictly(net, concrete, leaves, proxy_buffers=True)
+    except ConversionError:
+        # Buffers behind proxies make writes to them visible, but cannot be used in Python's control flow.
+        return _trace_strictly(net, concrete, leaves, proxy_buffers=False)
+
+
+def _trace_strictly(
+    net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool
+) -> fx.Graph:
+    tracer = HatTracer(leaves, proxy_buffers)
+    try:
+        graph = tracer.trace(net, concrete_args=concrete)
+    except Exception as error:
+        where = tracer.innermost or "the network itself"
+        kind = type(net.get_submodule(tracer.innermost)).__name__
+        hint = (
+            f"keep that module whole with policies={{{tracer.innermost!r}: 'per_task'}} (one copy per task)"
+            if tracer.innermost
+            else "move that code into a module of its own and keep it whole with policies={name: 'per_task'}"
+        )
+        raise ConversionError(
+            f"{where} ({kind}): cannot be traced: {_location(error)}: {error}; {hint}"
+        ) from error
+    for node in graph.nodes:
+        _register_constant(net, node)
+    return graph
+
+
+def _register_constant(net: nn.Module, node: fx.Node) -> None:
+    """Make a buffer of a tensor that tracing met as a constant, so that ``.to()`` moves it."""
+    if node.op != "get_attr" or "." in node.target:
+        return
+    value = net.__dict__.get(node.target)
+    if isinstance(value, torch.Tensor):
+        del net.__dict__[node.target]
+        net.register_buffer(node.target, value, persistent=False)
+
+
+def _location(error: BaseException) -> str:
+    """File and line of the innermost frame that is neither torch's nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = [f for f in frames if "/torch/" not in f.filename and "/hatify/" not in f.filename]
+    frame = (foreign or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def _concrete_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``net.forward`` to be fixed while tracing: those that are not given as tensors."""
+    signature = inspect.signature(inspect.unwrap(net.forward))
+    try:
+        bound = (
+            signature.bind(**example_inputs)
+            if isinstance(example_inputs, dict)
+            else signature.bind(*example_inputs)
+        )
+    except TypeError as error:
+        raise ConversionError(
+            f"{type(net).__name__}.forward{signature} cannot be called with the example inputs: {error}; "
+            "pass example_inputs, a tuple of positional or a dict of named inputs"
+        ) from None
+    bound.apply_defaults()
+    fixed = {}
+    for name, value in bound.arguments.items():
+        variadic = signature.parameters[name].kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
+        if not variadic and (value is None or isinstance(value, (bool, int, float, str))):
+            fixed[name] = value
+    return fixed
+
+
+@contextmanager
+def _modes_restored(net: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in net.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _reads_training_flag(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _timm_registrations() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
+    """timm's ``notrace`` modules and functions, if timm is in use."""
+    if "timm" not in sys.modules:
+        return (), ()
+    from timm.layers import get_notrace_functions, get_notrace_modules
+
+    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
