@@ -80,7 +80,10 @@ def _by_type(module: nn.Module) -> tuple[Policy, str]:
         return Policy.SHARED, kind
     if rows_are_independent(module, family):
         return Policy.ROW, f"{kind}: an output feature depends on its own row of the weights"
-    return Policy.PER_TASK, f"{kind}: an output feature depends on other rows of the weights, or on moving buffers"
+    return (
+        Policy.PER_TASK,
+        f"{kind}: an output feature depends on other rows of the weights, or on moving buffers",
+    )
 
 
 def is_plain(module: nn.Module, family: type[HatLayer]) -> bool:
@@ -110,10 +113,7 @@ def rows_are_independent(module: nn.Module, family: type[HatLayer]) -> bool:
         return False
     module = detached_copy(module)
     x = family.example_input(module)
-    if x.is_floating_point():
-        x = x.to(parameters[0])
-    else:
-        x = x.to(parameters[0].device)
+    x = x.to(parameters[0]) if x.is_floating_point() else x.to(parameters[0].device)
     dim = family.dims(module)[1]
     with torch.random.fork_rng(devices=[]):
         before = [b.clone() for b in module.buffers()]
@@ -171,7 +171,10 @@ def _override(
 
 
 def _heads(
-    net: nn.Module, graphs: tuple[fx.Graph, ...], heads: str | Iterable[str] | None, owning: Mapping[str, nn.Module]
+    net: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    heads: str | Iterable[str] | None,
+    owning: Mapping[str, nn.Module],
 ) -> set[str]:
     """Paths of the output layers."""
     if heads is None:
@@ -182,7 +185,9 @@ def _heads(
     for name in names:
         if name not in owning:
             known = ", ".join(sorted(owning)[-5:])
-            raise ConversionError(f"heads: the graph calls no module {name!r} with parameters; the last ones are {known}")
+            raise ConversionError(
+                f"heads: the graph calls no module {name!r} with parameters; the last ones are {known}"
+            )
     return names
 
 
@@ -265,9 +270,7 @@ def _settle_ties(net: nn.Module, policies: dict[str, tuple[Policy, str]], graphs
                 changed |= _settle(net, path, paths, policies, key in read)
 
 
-def _settle(
-    net: nn.Module, path: str, paths: list[str], policies: dict[str, tuple[Policy, str]], read: bool
-) -> bool:
+def _settle(net: nn.Module, path: str, paths: list[str], policies: dict[str, tuple[Policy, str]], read: bool) -> bool:
     policy = policies[path][0]
     layer = net.get_submodule(path)
     family = family_of(layer)

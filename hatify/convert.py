@@ -71,7 +71,9 @@ def hatify(
     plan = make_plan(net, traced.graphs, classification, space, findings)
     check_complete(net, plan, traced.graphs)
     if classes is not None and Policy.HEAD not in plan.modules.values():
-        raise ConversionError(f"{type(net).__name__}: num_classes is given, but no output layer was found; name it with heads=")
+        raise ConversionError(
+            f"{type(net).__name__}: num_classes is given, but no output layer was found; name it with heads="
+        )
     state = TaskState(plan.layout, num_tasks, mask_init, s_max, clamp, next(net.parameters(), torch.empty(0)))
     rewrite_modules(net, plan, num_tasks, classes)
     net.add_module(STATE, state)
@@ -89,8 +91,10 @@ def _check_arguments(
     if not isinstance(net, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module, not {type(net).__name__}")
     if STATE in net._modules:
-        raise ConversionError(f"a child named {STATE!r} is in the way: that name is reserved for the state of the tasks")
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in net.parameters()):
+        raise ConversionError(
+            f"a child named {STATE!r} is in the way: that name is reserved for the state of the tasks"
+        )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in net.parameters()):
         raise ConversionError("the network has lazy modules: run it on an input once, then convert it")
     if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be a positive integer, not {num_tasks!r}")
@@ -112,5 +116,3 @@ def _example_inputs(
     if isinstance(given, Tensor):
         return (given,)
     return given if isinstance(given, dict) else tuple(given)
-
-

@@ -37,11 +37,7 @@ def infer_example_inputs(net: nn.Module) -> tuple[torch.Tensor, ...]:
         if _accepts(net, example):
             return (example,)
         tried.append(tuple(example.shape))
-    found = (
-        f"inputs of shape {', '.join(map(str, tried))} were refused"
-        if tried
-        else "no layer tells its input size"
-    )
+    found = f"inputs of shape {', '.join(map(str, tried))} were refused" if tried else "no layer tells its input size"
     raise ConversionError(f"{type(net).__name__}: {found}; pass example_inputs=(tensor,)")
 
 

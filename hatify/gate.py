@@ -29,10 +29,10 @@ class _Gate(Function):
         ctx.save_for_backward(embedding, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         embedding, scale = ctx.saved_tensors
-        sigmoid = torch.sigmoid(embedding)
-        compensated = grad * (ctx.s_max * sigmoid * (1 - sigmoid))
+        # σ'(e) as σ(e)·σ(−e): the form σ(e)·(1 − σ(e)) cancels for large e.
+        compensated = grad * (ctx.s_max * torch.sigmoid(embedding) * torch.sigmoid(-embedding))
         if ctx.clamp is not None:
             compensated = compensated * clamp_factor(scale * embedding, ctx.clamp)
         return compensated, None, None, None
@@ -53,7 +53,7 @@ def gate(embedding: Tensor, scale: Tensor, s_max: float, clamp: float | None = N
     Returns:
         The gate a in [0, 1], shape and dtype of `embedding`; values below 2⁻²⁴ are exactly zero.
     """
-    return _Gate.apply(embedding, scale.to(embedding.dtype), s_max, clamp)  # type: ignore[no-any-return]
+    return _Gate.apply(embedding, scale.to(embedding.dtype), s_max, clamp)
 
 
 def clamp_factor(scaled: Tensor, clamp: float) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor
 ZERO = 0
 ON = 1
 FIRST_LEAF = 2
-#: Leaves of raw parameters are numbered from here, so that they can be told from features of layers.
-FIRST_RAW = 1 << 40
+#: Leaves of raw parameters are numbered from here, so that they can be told from features of layers. All leaves are
+#: below 2³¹, so that a pair of them fits one int64.
+FIRST_RAW = 1 << 30
+_NO_LEAF = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class LabelSpace:
             return a
         from_raw = (a >= FIRST_RAW) | (b >= FIRST_RAW)
         coupled = meeting & (a > ZERO) & (b > ZERO) & (from_raw | self.couple)
-        self._edges.append(torch.stack((a[coupled], b[coupled])).unique(dim=1))
+        self._couple(a[coupled], b[coupled])
         result = torch.where(a >= FIRST_RAW, b, a)
         rest = meeting & ~coupled
         if union and rest.any():
@@ -104,6 +106,9 @@ class LabelSpace:
             unions = torch.tensor([self._union(x, y) for x, y in pairs.T.tolist()])
             result = result.masked_scatter(rest, unions[index])
         return result
+
+    def _couple(self, a: Tensor, b: Tensor) -> None:
+        self._edges.append((a << 32 | b).unique())
 
     def _union(self, x: int, y: int) -> int:
         if max(x, y) >= FIRST_RAW:
@@ -140,19 +145,19 @@ class LabelSpace:
             return reduce(self.either, different.unbind(1)).view(*columns.shape[:-1], 1)
         on = (columns == ON).any(-1, keepdim=True)
         representative = columns.amax(-1, keepdim=True)
-        lowest = columns.masked_fill(~is_leaf(columns), FIRST_RAW << 1).amin(-1, keepdim=True)
+        lowest = columns.masked_fill(~is_leaf(columns), _NO_LEAF).amin(-1, keepdim=True)
         representative = torch.where(representative > ON, lowest, representative)
         meeting = is_leaf(columns) & (columns != representative) & ~on
         if meeting.any():
-            pairs = torch.stack((columns[meeting], representative.expand_as(columns)[meeting]))
-            self._edges.append(pairs.unique(dim=1))
+            self._couple(columns[meeting], representative.expand_as(columns)[meeting])
         return representative.masked_fill(on, ON)
 
     # Classes ---------------------------------------------------------------------------------------------------------
 
     def classes(self) -> Classes:
         """The classes of leaves that have met."""
-        edges = torch.cat(self._edges, 1) if self._edges else torch.empty(2, 0, dtype=torch.int64)
+        packed = torch.cat(self._edges) if self._edges else torch.empty(0, dtype=torch.int64)
+        edges = torch.stack((packed >> 32, packed & (_NO_LEAF - 1)))
         features = self._next_feature
         raws = self._next_raw - FIRST_RAW
 
@@ -203,9 +208,7 @@ def compact(labels: Tensor) -> Tensor:
     for d, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1:
             first = labels.narrow(d, 0, 1)
-            if stride == 0 or (
-                torch.equal(first, labels.narrow(d, size - 1, 1)) and bool((labels == first).all())
-            ):
+            if stride == 0 or (torch.equal(first, labels.narrow(d, size - 1, 1)) and bool((labels == first).all())):
                 labels = first
     return labels
 
@@ -218,4 +221,4 @@ def varying_dims(labels: Tensor) -> tuple[int, ...]:
 def _compact_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two label tensors of one shape, with the dimensions along which both are constant reduced to size 1."""
     small_a, small_b = compact(a), compact(b)
-    return torch.broadcast_tensors(small_a, small_b)  # type: ignore[return-value]
+    return torch.broadcast_tensors(small_a, small_b)

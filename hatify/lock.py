@@ -116,12 +116,14 @@ class Guard:
     @torch.no_grad()
     def restore(self) -> None:
         """Put locked entries back, and keep embeddings within reach of their gradient."""
-        finite = self.embedding.is_cuda or bool(torch.isfinite(self.embedding.sum()))
         for p in self.partial:
-            if finite and not p.parameter.is_cuda:
-                p.parameter.lerp_(p.saved, p.lock)  # exact for weights of 0 and 1, but not where NaN is to be replaced
-            else:
-                p.parameter.copy_(torch.where(p.lock.bool(), p.saved, p.parameter))
+            # With weights of 0 and 1, lerp is exact, and on a CPU several times faster than where, but it cannot
+            # replace a value that is not finite.
+            if not p.parameter.is_cuda:
+                p.parameter.lerp_(p.saved, p.lock)
+                if bool(torch.isfinite(p.parameter.sum())):
+                    continue
+            p.parameter.copy_(torch.where(p.lock.bool(), p.saved, p.parameter))
         for w in self.whole:
             if w.tensor._version != w.version:
                 w.tensor.copy_(w.saved)

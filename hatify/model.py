@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -162,8 +163,8 @@ class HatModel(fx.GraphModule):
 
     @mask_scale.setter
     def mask_scale(self, scale: float) -> None:
-        if not scale > 0:
-            raise ValueError(f"the mask scale must be positive, not {scale}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"the mask scale must be positive and finite, not {scale}")
         self.task_state.scale.fill_(scale)
 
     def begin_task(self, task: int) -> None:
@@ -305,12 +306,13 @@ class HatModel(fx.GraphModule):
         """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
         state = self.task_state
         names = {id(p): name for name, p in self.named_parameters()}
+        trainable: set[str] = self.__dict__["_trainable"]
         for task in range(self.num_tasks):
             learns = not state.finished[task] if state.learning is None else state.learning == task
             own = [t for m in self.modules() if isinstance(m, PER_TASK) for t in owned_by(m, task)]
             for parameter in (*own, state.embeddings[task]):
                 if isinstance(parameter, nn.Parameter):
-                    parameter.requires_grad_(learns and names[id(parameter)] in self._trainable)
+                    parameter.requires_grad_(learns and names[id(parameter)] in trainable)
 
     def _warn_of_capacity(self, mask: Tensor) -> None:
         state = self.task_state
@@ -334,7 +336,10 @@ def _taken(model: HatModel, name: str) -> bool:
 
 def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
     training = copy.deepcopy(graphs[True], memo)
-    return {True: training, False: training if graphs[True] is graphs[False] else copy.deepcopy(graphs[False], memo)}
+    return {
+        True: training,
+        False: training if graphs[True] is graphs[False] else copy.deepcopy(graphs[False], memo),
+    }
 
 
 def _rebuild(

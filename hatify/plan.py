@@ -203,7 +203,10 @@ def _entries(
         if policy in (Policy.SHARED, Policy.ROW, Policy.UNMASKED):
             for name, use in _layer_uses(net.get_submodule(path), path, policy, slots, findings):
                 uses.setdefault(names[name], []).append(use)
-    for name, value in (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)):
+    for name, value in (
+        *net.named_parameters(remove_duplicate=False),
+        *net.named_buffers(remove_duplicate=False),
+    ):
         kind = "parameter" if isinstance(value, nn.Parameter) else "buffer"
         path, (policy, reason) = _claim(name, policies)
         first = names[name]
@@ -259,9 +262,8 @@ def _layer_uses(
             }
         else:
             entries = family.entries(layer, written, read)
+            entries = {name: pair for name, pair in entries.items() if getattr(layer, name) is not None}
         for name, (writes, reading) in entries.items():
-            if getattr(layer, name) is None:
-                continue
             yield f"{path}.{name}" if path else name, Use(writes, reading)
 
 

@@ -53,9 +53,7 @@ class MaskScale:
         ValueError: `steps` is not positive or `schedule` is unknown.
     """
 
-    def __init__(
-        self, model: HatModel, steps: int, schedule: str | Callable[[float, float], float] = "cosine"
-    ) -> None:
+    def __init__(self, model: HatModel, steps: int, schedule: str | Callable[[float, float], float] = "cosine") -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         if isinstance(schedule, str) and schedule not in SCHEDULES:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hatify.classify import Classification, classify
+from hatify.classify import Classification
 from hatify.labels import LabelSpace
 from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
@@ -103,7 +103,10 @@ class SupportInterpreter(fx.Interpreter):
             self.labels[node] = constant_labels(self.env[node], 1)
         for source in node.all_input_nodes:
             value = self.env.get(source)
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == self.env[node].untyped_storage().data_ptr():
+            if (
+                isinstance(value, Tensor)
+                and value.untyped_storage().data_ptr() == self.env[node].untyped_storage().data_ptr()
+            ):
                 self.labels[source] = constant_labels(value, 1)
 
 
@@ -136,5 +139,5 @@ def positional(graph: fx.Graph, example_inputs: tuple[Any, ...] | dict[str, Any]
     names = [(node.target, node.args) for node in graph.nodes if node.op == "placeholder"]
     if isinstance(example_inputs, dict):
         return tuple(example_inputs.get(str(name), default[0] if default else None) for name, default in names)
-    rest = names[len(example_inputs):]
+    rest = names[len(example_inputs) :]
     return (*example_inputs, *(default[0] if default else None for _, default in rest))

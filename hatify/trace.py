@@ -194,9 +194,7 @@ def _trace_once(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str]
         return _trace_strictly(net, concrete, leaves, proxy_buffers=False)
 
 
-def _trace_strictly(
-    net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool
-) -> fx.Graph:
+def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool) -> fx.Graph:
     tracer = HatTracer(leaves, proxy_buffers)
     try:
         graph = tracer.trace(net, concrete_args=concrete)
@@ -208,9 +206,7 @@ def _trace_strictly(
             if tracer.innermost
             else "move that code into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
-        raise ConversionError(
-            f"{where} ({kind}): cannot be traced: {_location(error)}: {error}; {hint}"
-        ) from error
+        raise ConversionError(f"{where} ({kind}): cannot be traced: {_location(error)}: {error}; {hint}") from error
     for node in graph.nodes:
         _register_constant(net, node)
     return graph
@@ -218,12 +214,11 @@ def _trace_strictly(
 
 def _register_constant(net: nn.Module, node: fx.Node) -> None:
     """Make a buffer of a tensor that tracing met as a constant, so that ``.to()`` moves it."""
-    if node.op != "get_attr" or "." in node.target:
-        return
-    value = net.__dict__.get(node.target)
+    name = str(node.target)
+    value = net.__dict__.get(name) if node.op == "get_attr" else None
     if isinstance(value, torch.Tensor):
-        del net.__dict__[node.target]
-        net.register_buffer(node.target, value, persistent=False)
+        del net.__dict__[name]
+        net.register_buffer(name, value, persistent=False)
 
 
 def _location(error: BaseException) -> str:
@@ -239,9 +234,7 @@ def _concrete_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[s
     signature = inspect.signature(inspect.unwrap(net.forward))
     try:
         bound = (
-            signature.bind(**example_inputs)
-            if isinstance(example_inputs, dict)
-            else signature.bind(*example_inputs)
+            signature.bind(**example_inputs) if isinstance(example_inputs, dict) else signature.bind(*example_inputs)
         )
     except TypeError as error:
         raise ConversionError(

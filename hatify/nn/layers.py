@@ -23,16 +23,14 @@ Entries = dict[str, tuple[Tensor, Tensor | None]]
 class HatLayer:
     """Mixin: a weighted layer whose ``forward`` takes a mask of shape (output features,)."""
 
-    base: ClassVar[type[nn.Module]]
+    base: ClassVar[Any]
     #: Multiply the weight by the mask rather than the output; cheaper where the output is the larger of the two.
     fold: bool = False
-    weight: Tensor
-    bias: Tensor | None
 
     @classmethod
     def adopt(cls, layer: nn.Module, fold: bool) -> None:
         """Turn `layer` (of exactly type ``base``) into one of this class, in place: same parameters, same names."""
-        layer.__class__ = cls
+        layer.__class__ = cls  # type: ignore[assignment]
         layer.fold = fold  # type: ignore[assignment]
 
     @staticmethod
@@ -60,10 +58,12 @@ class HatLayer:
         """A small input, for trying the layer out on its own."""
         raise NotImplementedError
 
-    def masked_parameters(self, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the rows of the output features multiplied by `mask`."""
-        weight = self.weight * mask.to(self.weight.dtype).view(-1, *(1,) * (self.weight.ndim - 1))
-        return weight, None if self.bias is None else self.bias * mask.to(self.bias.dtype)
+
+def masked_parameters(layer: Any, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of `layer` with the rows of the output features multiplied by `mask`."""
+    mask = mask.to(layer.weight.dtype)
+    weight = layer.weight * mask.view(-1, *(1,) * (layer.weight.ndim - 1))
+    return weight, None if layer.bias is None else layer.bias * mask
 
 
 def _placement(layer: nn.Module) -> dict[str, Any]:
@@ -99,11 +99,11 @@ class HatLinear(HatLayer, nn.Linear):
     def example_input(layer: nn.Linear) -> Tensor:
         return torch.randn(2, layer.in_features)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None:
             return F.linear(x, self.weight, self.bias)
         if self.fold:
-            return F.linear(x, *self.masked_parameters(mask))
+            return F.linear(x, *masked_parameters(self, mask))
         return masked(F.linear(x, self.weight, self.bias), mask, -1)
 
 
@@ -150,17 +150,14 @@ class _HatConv(HatLayer):
 
     @staticmethod
     def example_input(layer: nn.modules.conv._ConvNd) -> Tensor:
-        edges = [
-            d * (k - 1) + 2 + s
-            for k, d, s in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
-        ]
+        edges = [d * (k - 1) + 2 + s for k, d, s in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)]
         return torch.randn(2, layer.in_channels, *edges)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None:
             return self._conv_forward(x, self.weight, self.bias)  # type: ignore[attr-defined]
         if self.fold:
-            return self._conv_forward(x, *self.masked_parameters(mask))  # type: ignore[attr-defined]
+            return self._conv_forward(x, *masked_parameters(self, mask))  # type: ignore[attr-defined]
         return masked(self._conv_forward(x, self.weight, self.bias), mask, self.dims(self)[1])  # type: ignore[arg-type,attr-defined]
 
 
@@ -204,24 +201,24 @@ class _HatConvTranspose(_HatConv):
         fresh.output_padding = layer.output_padding
         return fresh
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, output_size: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None = None, output_size: Any = None) -> Tensor:
         y: Tensor = self.base.forward(self, x, output_size)
         return y if mask is None else masked(y, mask, self.dims(self)[1])  # type: ignore[arg-type]
 
 
-class HatConvTranspose1d(_HatConvTranspose, nn.ConvTranspose1d):
+class HatConvTranspose1d(_HatConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
     """`torch.nn.ConvTranspose1d` whose output channels are masked."""
 
     base = nn.ConvTranspose1d
 
 
-class HatConvTranspose2d(_HatConvTranspose, nn.ConvTranspose2d):
+class HatConvTranspose2d(_HatConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
     """`torch.nn.ConvTranspose2d` whose output channels are masked."""
 
     base = nn.ConvTranspose2d
 
 
-class HatConvTranspose3d(_HatConvTranspose, nn.ConvTranspose3d):
+class HatConvTranspose3d(_HatConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
     """`torch.nn.ConvTranspose3d` whose output channels are masked."""
 
     base = nn.ConvTranspose3d
@@ -252,7 +249,7 @@ class HatEmbedding(HatLayer, nn.Embedding):
     def example_input(layer: nn.Embedding) -> Tensor:
         return torch.arange(min(layer.num_embeddings, 4))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = nn.Embedding.forward(self, x)
         return y if mask is None else masked(y, mask, -1)
 

@@ -34,14 +34,18 @@ TIMM_NORMS = {
     nn.RMSNorm: ("RmsNorm", "RmsNormFp32", "RmsNormAct", "RmsNormActFp32"),
 }
 TIMM_CHANNELS_FIRST = {
-    nn.LayerNorm: ("LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d", "LayerNormAct2d", "LayerNormAct2dFp32"),
+    nn.LayerNorm: (
+        "LayerNorm2d",
+        "LayerNorm2dFp32",
+        "LayerNormExp2d",
+        "LayerNormAct2d",
+        "LayerNormAct2dFp32",
+    ),
     nn.RMSNorm: ("RmsNorm2d", "RmsNorm2dFp32", "RmsNormAct2d", "RmsNormAct2dFp32"),
 }
 
 
-def normalises(
-    *types: type[nn.Module], dims: Callable[[Any, int], range]
-) -> Callable[[MaskedNorm], MaskedNorm]:
+def normalises(*types: type[nn.Module], dims: Callable[[Any, int], range]) -> Callable[[MaskedNorm], MaskedNorm]:
     """Register a function as the masked form of some types; `dims` says along which dimensions features may lie."""
 
     def register(function: MaskedNorm) -> MaskedNorm:

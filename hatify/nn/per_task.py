@@ -50,7 +50,7 @@ class PerTaskTensor(nn.Module):
                 self.register_buffer(str(task), value if task == 0 else value.clone())
 
     def forward(self) -> Tensor:
-        return getattr(self, str(self.task))  # type: ignore[no-any-return]
+        return getattr(self, str(self.task))
 
 
 def owned_by(module: nn.Module, task: int) -> list[Tensor]:

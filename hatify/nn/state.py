@@ -34,7 +34,13 @@ class TaskState(nn.Module):
     layer: Tensor
 
     def __init__(
-        self, layout: Layout, num_tasks: int, mask_init: str | float, s_max: float, clamp: float | None, like: Tensor
+        self,
+        layout: Layout,
+        num_tasks: int,
+        mask_init: str | float,
+        s_max: float,
+        clamp: float | None,
+        like: Tensor,
     ) -> None:
         super().__init__()
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
@@ -44,7 +50,9 @@ class TaskState(nn.Module):
         self.embeddings = nn.ParameterList(
             initial_embedding(self.num_slots, mask_init, like.device, dtype) for _ in range(num_tasks)
         )
-        self.register_buffer("finished_masks", torch.zeros(num_tasks, self.num_slots, dtype=torch.bool, device=like.device))
+        self.register_buffer(
+            "finished_masks", torch.zeros(num_tasks, self.num_slots, dtype=torch.bool, device=like.device)
+        )
         self.finished = [False] * num_tasks
         self.register_buffer("scale", torch.tensor(s_max, device=like.device, dtype=dtype))
         layers = [torch.full((stop - start,), i) for i, (start, stop) in enumerate(layout.groups.values())]
@@ -84,7 +92,9 @@ class TaskState(nn.Module):
         on = embedding > 0
         layers = len(self.groups)
         largest = embedding.new_full((layers,), -torch.inf).scatter_reduce(0, self.layer, embedding, "amax")
-        empty = torch.zeros(layers, dtype=torch.bool, device=on.device).index_put((self.layer[on],), on.new_ones(())) == 0
+        empty = (
+            torch.zeros(layers, dtype=torch.bool, device=on.device).index_put((self.layer[on],), on.new_ones(())) == 0
+        )
         return on | (empty[self.layer] & (embedding == largest[self.layer]))
 
     def masks_from(self, gates: Tensor) -> dict[str, Tensor]:

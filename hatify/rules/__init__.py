@@ -3,4 +3,15 @@
 from hatify.rules import contraction, movement, pointwise, reduction
 from hatify.rules.registry import RULES, Call, Findings, Labels, constant_labels, rule
 
-__all__ = ["RULES", "Call", "Findings", "Labels", "constant_labels", "contraction", "movement", "pointwise", "reduction", "rule"]
+__all__ = [
+    "RULES",
+    "Call",
+    "Findings",
+    "Labels",
+    "constant_labels",
+    "contraction",
+    "movement",
+    "pointwise",
+    "reduction",
+    "rule",
+]

@@ -98,7 +98,8 @@ FUNCTIONAL_LAYERS = (
 def functional_layer(call: Call) -> Labels:
     """A layer written as a function. A weight read straight from a parameter is shared like a layer's own."""
     weight_node, bias_node = call.given(1, "weight"), call.given(2, "bias")
-    source = weight_node.target if isinstance(weight_node, fx.Node) and weight_node.op == "get_attr" else None
+    direct = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
+    source = str(weight_node.target) if direct else None
     groups = call.argument(6, "groups", 1) if "conv" in str(call.node.target) else 1
     if source is None or groups != 1:
         _mark_opaque(call, weight_node)

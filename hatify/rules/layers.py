@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hatify.labels import varying_dims
@@ -30,8 +32,8 @@ def module_labels(call: Call, policy: Policy) -> Labels:
 
 def weighted(call: Call, policy: Policy) -> Labels:
     """A mask-carrying layer reads the labels of its input features and writes leaves of its own."""
-    layer, path = call.module, str(call.node.target)
-    family = family_of(layer)  # type: ignore[arg-type]
+    layer: Any = call.module
+    path, family = str(call.node.target), family_of(layer)
     assert family is not None
     read_dim, written_dim = family.dims(layer)
     read = None
@@ -46,7 +48,7 @@ def weighted(call: Call, policy: Policy) -> Labels:
     if call.space.couple and read is not None and 1 < groups == read.shape[0]:
         # A depthwise convolution filters each channel on its own: what comes out is the same feature.
         call.space.meet(written, read.repeat_interleave(features // groups))
-    call.findings.fold[path] = layer.weight.numel() < USUAL_BATCH * call.out[:1].numel()  # type: ignore[union-attr]
+    call.findings.fold[path] = layer.weight.numel() < USUAL_BATCH * call.out[:1].numel()
     shape = [1] * call.out.ndim
     shape[written_dim] = features
     return call.mask(written.view(shape).expand(call.out.shape))

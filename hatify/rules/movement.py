@@ -33,7 +33,9 @@ def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
         return target(*args, **kwargs)
     except (RuntimeError, NotImplementedError):
         # Some kernels exist for floating point only; labels are small enough to be exact in float64.
-        as_float = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype == torch.int64 else t, args)
+        as_float = torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: t.double() if t.dtype == torch.int64 else t, args
+        )
         return torch.utils._pytree.tree_map_only(Tensor, Tensor.long, target(*as_float, **kwargs))
 
 

@@ -44,11 +44,11 @@ def bounded_at_zero(call: Call) -> Labels:
     return call.mask(call.label(0))
 
 
-@rule(torch.clamp, torch.clip, "clamp", "clamp_", "clip", nn.Hardtanh, F.hardtanh, torch.clamp_min, torch.clamp_max)
+@rule(torch.clamp, torch.clip, "clamp", "clamp_", "clip", nn.Hardtanh, F.hardtanh)
 def clamp(call: Call) -> Labels:
     """Clamping keeps zero if zero lies within the bounds."""
     if call.module is not None:
-        low, high = call.module.min_val, call.module.max_val
+        low, high = (getattr(call.module, bound) for bound in ("min_val", "max_val"))
     else:
         low, high = call.argument(1, "min", -math.inf), call.argument(2, "max", math.inf)
         low, high = call.kwargs.get("min_val", low), call.kwargs.get("max_val", high)
@@ -68,7 +68,9 @@ def power(call: Call) -> Labels:
 def divide(call: Call) -> Labels:
     """x / y is zero where x is. The result of number / tensor is on."""
     labels = call.label(0)
-    return labels.expand(call.out.shape) if isinstance(labels, Tensor) and isinstance(call.out, Tensor) else call.all_on()
+    return (
+        labels.expand(call.out.shape) if isinstance(labels, Tensor) and isinstance(call.out, Tensor) else call.all_on()
+    )
 
 
 @rule(
@@ -116,11 +118,8 @@ def multiply(call: Call) -> Labels:
 @rule(torch.where, "where")
 def where(call: Call) -> Labels:
     """Either branch."""
-    if call.node.op == "call_method":
-        chosen = (call.node.args[0], call.node.args[2])
-    else:
-        chosen = call.node.args[1:3]
-    a, b = (_expanded(call.labels_of(arg), call.out) for arg in chosen)
+    chosen = (0, 2) if call.node.op == "call_method" else (1, 2)
+    a, b = (_expanded(call.labels_of(call.node.args[i]), call.out) for i in chosen)
     return call.space.either(a, b)
 
 

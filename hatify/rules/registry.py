@@ -101,7 +101,9 @@ class Call:
             return self.all_on() if len(dims) > 1 else labels
         dim = dims[0] if dims else out.ndim - 1
         index = [0] * out.ndim
-        vector = labels[tuple(slice(None) if d == dim else 0 for d in range(out.ndim))] if dims else labels[tuple(index)]
+        vector = (
+            labels[tuple(slice(None) if d == dim else 0 for d in range(out.ndim))] if dims else labels[tuple(index)]
+        )
         self.findings.masks[self.node] = (vector.reshape(-1), dim, out.ndim)
         return labels
 
