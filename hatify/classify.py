@@ -55,7 +55,7 @@ def classify(
     owning = {path: m for path, m in called.items() if _has_state(m)}
     policies = {path: _by_type(m) for path, m in owning.items()}
     for path, override in overrides.items():
-        policies.update(_override(net, path, override, owning))
+        policies.update(_override(path, override, called, owning))
     chosen = _heads(net, graphs, heads, owning)
     for path in chosen & policies.keys() - overrides.keys():
         policies[path] = (Policy.HEAD, "output layer")
@@ -142,7 +142,7 @@ def detached_copy(module: nn.Module) -> Any:
 
 
 def _override(
-    net: nn.Module, path: str, override: str, owning: Mapping[str, nn.Module]
+    path: str, override: str, called: Mapping[str, nn.Module], owning: Mapping[str, nn.Module]
 ) -> dict[str, tuple[Policy, str]]:
     selectable = ", ".join(repr(str(p)) for p in SELECTABLE)
     try:
@@ -151,6 +151,8 @@ def _override(
         raise ConversionError(f"policies[{path!r}]: unknown policy {override!r}; choose from {selectable}") from None
     if policy not in SELECTABLE:
         raise ConversionError(f"policies[{path!r}]: {override!r} cannot be chosen; choose from {selectable}")
+    if path in called and path not in owning and policy is Policy.PER_TASK:
+        return {}  # kept whole, but there is nothing to copy
     if path not in owning:
         known = ", ".join(sorted(owning)[:5])
         raise ConversionError(f"policies[{path!r}]: the graph calls no such module; it calls {known}, …")

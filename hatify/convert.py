@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def hatify(
         )
     state = TaskState(plan.layout, num_tasks, mask_init, s_max, clamp, next(net.parameters(), torch.empty(0)))
     rewrite_modules(net, plan, num_tasks, classes)
-    net.add_module(STATE, state)
+    net.add_module(STATE, state.train(net.training))
     for graph in traced.graphs:
         rewrite_graph(net, graph, plan, findings.fold)
     return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs)
@@ -90,16 +91,21 @@ def _check_arguments(
         raise ConversionError("the network has been converted already")
     if not isinstance(net, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module, not {type(net).__name__}")
-    if STATE in net._modules:
+    if hasattr(net, STATE):
         raise ConversionError(
-            f"a child named {STATE!r} is in the way: that name is reserved for the state of the tasks"
+            f"the attribute {STATE!r} is in the way: that name is reserved for the state of the tasks"
         )
+    for path, module in net.named_modules():
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            if hasattr(nn.Module, name):
+                where = f"{path}.{name}" if path else name
+                raise ConversionError(f"{where}: has the name of a method of torch.nn.Module; rename it")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in net.parameters()):
         raise ConversionError("the network has lazy modules: run it on an input once, then convert it")
     if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks must be a positive integer, not {num_tasks!r}")
-    if not s_max > 1:
-        raise ValueError(f"s_max must be above 1, not {s_max!r}")
+    if not 1 < s_max < math.inf:
+        raise ValueError(f"s_max must be finite and above 1, not {s_max!r}")
     if num_classes is None:
         return None
     classes = [num_classes] * num_tasks if isinstance(num_classes, int) else list(num_classes)

@@ -74,6 +74,7 @@ class Guard:
 
     def __init__(self, model: HatModel, task: int, saved: dict[str, Tensor] | None = None) -> None:
         self.saved = saved or {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
+        self.task = task
         state = model.task_state
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.used = state.used(besides=task).to(state.embeddings[task].dtype)
@@ -96,7 +97,11 @@ class Guard:
                 self._keep_whole(names[id(tensor)], tensor)
             for name in model.constants:
                 self._keep_whole(name, tensors[name])
-        self._handles = [p.parameter.register_post_accumulate_grad_hook(_GradientLock(p.lock)) for p in self.partial]
+        self._handles = [
+            p.parameter.register_post_accumulate_grad_hook(_GradientLock(p.lock))
+            for p in self.partial
+            if p.parameter.requires_grad
+        ]
         self._handles += [
             w.tensor.register_post_accumulate_grad_hook(_drop_gradient)
             for w in self.whole

@@ -21,6 +21,7 @@ from hatify.nn.state import TaskState
 from hatify.plan import Census, Plan, Use
 from hatify.regularization import capacity_regularization
 from hatify.rewrite import STATE
+from hatify.trace import reads_training_flag
 
 #: Attributes that are built anew in a copy rather than copied.
 _NOT_COPIED = ("_graph", "_graphs", "_guard")
@@ -75,6 +76,9 @@ class HatModel(fx.GraphModule):
             _guard=None,
         )
         self._install({True: training, False: evaluation})
+        if training is not evaluation:
+            self.register_forward_pre_hook(_check_modes)
+        self.register_load_state_dict_post_hook(_after_loading)
         self._settle()
 
     # The graph -------------------------------------------------------------------------------------------------------
@@ -90,6 +94,13 @@ class HatModel(fx.GraphModule):
             self.__dict__["_graph"] = graph
             graph.owning_module = self
             self.recompile()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A child may have the name of a property; nn.Module would look at the children first.
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> HatModel:
         super().train(mode)
@@ -182,6 +193,7 @@ class HatModel(fx.GraphModule):
         self._check_task(task)
         if self.active_task is not None:
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
+        self.task_state.task_before = self.task_state.task
         self.task_state.learning = task
         self._set_task(task)
         self._settle()
@@ -230,6 +242,7 @@ class HatModel(fx.GraphModule):
         with torch.no_grad():
             for name, tensor in named_tensors(self):
                 tensor.copy_(guard.saved[name])
+        self._set_task(self.task_state.task_before)
         self._close_guard()
 
     def set_task(self, task: int) -> None:
@@ -332,6 +345,26 @@ class HatModel(fx.GraphModule):
 def _taken(model: HatModel, name: str) -> bool:
     """Whether ``model.name`` would not find the child `name`."""
     return name in model.__dict__ or hasattr(type(model), name)
+
+
+def _check_modes(model: HatModel, inputs: Any) -> None:
+    """Where the two modes have graphs of their own, the parts that look at the mode must be in the same one."""
+    for name, module in model.named_modules():
+        if module.training != model.training and not isinstance(module, HatModel) and reads_training_flag(module):
+            mode = "training" if model.training else "evaluation"
+            raise HatError(f"{name}: is not in {mode} mode, but the model is; this network has one graph for each mode")
+
+
+def _after_loading(model: HatModel, incompatible: Any) -> None:
+    """Take over the task state that was loaded; a model that was not yet learning that task guards what was loaded."""
+    state = model.task_state
+    model._set_task(state.task)
+    model._settle()
+    if model._guard is not None and model._guard.task != state.learning:
+        model._guard.close()
+        model.__dict__["_guard"] = None
+    if model._guard is None and state.learning is not None:
+        model._open_guard()
 
 
 def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:

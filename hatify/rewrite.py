@@ -148,7 +148,7 @@ def _apply(
 def replace_module(net: nn.Module, path: str, replacement: nn.Module) -> None:
     """Put `replacement` wherever the module at `path` is registered."""
     original = net.get_submodule(path)
-    replacement.training = original.training
+    replacement.train(original.training)
     for module in list(net.modules()):
         for name, child in module._modules.items():
             if child is original and module is not replacement:

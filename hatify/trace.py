@@ -76,7 +76,7 @@ class HatTracer(fx.Tracer):
             return True
         if super().is_leaf_module(m, module_qualified_name):
             return True
-        return not any(m.children()) and not m._parameters and _reads_training_flag(m)
+        return not any(m.children()) and not m._parameters and reads_training_flag(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -197,7 +197,10 @@ def _trace_once(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str]
 def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool) -> fx.Graph:
     tracer = HatTracer(leaves, proxy_buffers)
     try:
-        graph = tracer.trace(net, concrete_args=concrete)
+        with _buffers_kept(net):
+            graph = tracer.trace(net, concrete_args=concrete)
+    except ConversionError:
+        raise
     except Exception as error:
         where = tracer.innermost or "the network itself"
         kind = type(net.get_submodule(tracer.innermost)).__name__
@@ -207,9 +210,38 @@ def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[
             else "move that code into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
         raise ConversionError(f"{where} ({kind}): cannot be traced: {_location(error)}: {error}; {hint}") from error
+    names = iter(inspect.signature(inspect.unwrap(net.forward)).parameters)
     for node in graph.nodes:
+        if node.op == "placeholder":
+            name = next(names)
+            # Arguments with fixed values come out of fx with a number behind their names.
+            node.target = name if node.target.startswith(f"{name}_") and name in concrete else node.target
         _register_constant(net, node)
     return graph
+
+
+@contextmanager
+def _buffers_kept(net: nn.Module) -> Iterator[None]:
+    """Refuse a ``forward`` that assigns to a buffer: tracing would lose the assignment, or carry it out."""
+    kept = {path: (module, dict(module._buffers)) for path, module in net.named_modules()}
+    versions = {id(b): b._version for b in net.buffers()}
+    try:
+        yield
+    finally:
+        assigned = []
+        for path, (module, buffers) in kept.items():
+            for name, buffer in buffers.items():
+                now = module._buffers[name]
+                if now is not buffer or (buffer is not None and buffer._version != versions[id(buffer)]):
+                    assigned.append(f"{path}.{name}" if path else name)
+            module._buffers.update(buffers)
+    if assigned:
+        owner = assigned[0].rpartition(".")[0]
+        raise ConversionError(
+            f"{assigned[0]}: the forward pass of {type(net.get_submodule(owner)).__name__} assigns to this buffer, "
+            "which tracing cannot record; write in place with a tensor method (self.buffer.add_(1)), or keep the "
+            f"module whole with policies={{{owner!r}: 'per_task'}}"
+        )
 
 
 def _register_constant(net: nn.Module, node: fx.Node) -> None:
@@ -263,7 +295,8 @@ def _modes_restored(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _reads_training_flag(module: nn.Module) -> bool:
+def reads_training_flag(module: nn.Module) -> bool:
+    """Whether the code of a module's ``forward`` mentions ``training``."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and "training" in code.co_names
 

@@ -27,6 +27,7 @@ class TaskState(nn.Module):
         scale: s, a scalar.
         task: the task that answers.
         learning: the task that is open for training, or None.
+        task_before: the task that was set when it was opened.
     """
 
     finished_masks: Tensor
@@ -63,9 +64,15 @@ class TaskState(nn.Module):
             self.register_buffer(f"index_{i}", index.to(like.device), persistent=False)
         self.task = 0
         self.learning: int | None = None
+        self.task_before = 0
+        self._constant_masks: dict[int, dict[str, Tensor]] = {}
 
     def forward(self) -> dict[str, Tensor]:
-        return self.masks_from(self.gates())
+        if self.training or not self.finished[self.task] or self.learning == self.task:
+            return self.masks_from(self.gates())
+        if self.task not in self._constant_masks:
+            self._constant_masks[self.task] = self.masks_from(self.gates())
+        return self._constant_masks[self.task]
 
     def gates(self) -> Tensor:
         """The flat vector of all gates of the task that is set, shape (slots,)."""
@@ -117,12 +124,24 @@ class TaskState(nn.Module):
         """Fix the masks of a task."""
         self.finished_masks[task] = mask
         self.finished[task] = True
+        self._constant_masks.pop(task, None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TaskState:
+        self._constant_masks.clear()
+        return super()._apply(fn, recurse)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"task": self.task, "learning": self.learning, "finished": list(self.finished)}
+        return {
+            "task": self.task,
+            "learning": self.learning,
+            "task_before": self.task_before,
+            "finished": list(self.finished),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.task, self.learning, self.finished = state["task"], state["learning"], list(state["finished"])
+        self.task, self.learning, self.task_before = state["task"], state["learning"], state["task_before"]
+        self.finished = list(state["finished"])
+        self._constant_masks.clear()
 
 
 def initial_embedding(slots: int, init: str | float, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
