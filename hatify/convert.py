@@ -99,7 +99,7 @@ def _check_arguments(
         for name in (*module._modules, *module._parameters, *module._buffers):
             if hasattr(nn.Module, name):
                 where = f"{path}.{name}" if path else name
-                raise ConversionError(f"{where}: has the name of a method of torch.nn.Module; rename it")
+                raise ConversionError(f"{where!r} has the name of a method of torch.nn.Module: rename that child")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in net.parameters()):
         raise ConversionError("the network has lazy modules: run it on an input once, then convert it")
     if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ class HatModel(fx.GraphModule):
     _owners: dict[str, str]
     _graphs: dict[bool, fx.Graph]
     _guard: Guard | None
+    _mode_readers: tuple[str, ...]
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class HatModel(fx.GraphModule):
         )
         self._install({True: training, False: evaluation})
         if training is not evaluation:
+            self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
             self.register_forward_pre_hook(_check_modes)
         self.register_load_state_dict_post_hook(_after_loading)
         self._settle()
@@ -348,11 +350,25 @@ def _taken(model: HatModel, name: str) -> bool:
 
 
 def _check_modes(model: HatModel, inputs: Any) -> None:
-    """Where the two modes have graphs of their own, the parts that look at the mode must be in the same one."""
-    for name, module in model.named_modules():
-        if module.training != model.training and not isinstance(module, HatModel) and reads_training_flag(module):
+    """Where the two modes have graphs of their own, the parts whose code looks at the mode must be in the same one."""
+    for name in model._mode_readers:
+        if model.get_submodule(name).training != model.training:
             mode = "training" if model.training else "evaluation"
-            raise HatError(f"{name}: is not in {mode} mode, but the model is; this network has one graph for each mode")
+            raise TaskError(
+                f"{name} is not in {mode} mode, but the model is: this network takes different paths in the two modes, "
+                f"and its parts must take the same one; call {'train' if model.training else 'eval'}() on the model"
+            )
+
+
+def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
+    """Modules that tracing went through and whose code looks at the mode."""
+    called = {str(n.target) for graph in graphs for n in graph.nodes if n.op == "call_module"}
+    inside = tuple(f"{path}." for path in called)
+    return tuple(
+        name
+        for name, module in root.named_modules()
+        if name and name not in called and not name.startswith(inside) and reads_training_flag(module)
+    )
 
 
 def _after_loading(model: HatModel, incompatible: Any) -> None:

@@ -237,10 +237,12 @@ def _buffers_kept(net: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
     if assigned:
         owner = assigned[0].rpartition(".")[0]
+        kind = type(net.get_submodule(owner))
+        code = inspect.unwrap(kind.forward).__code__
         raise ConversionError(
-            f"{assigned[0]}: the forward pass of {type(net.get_submodule(owner)).__name__} assigns to this buffer, "
-            "which tracing cannot record; write in place with a tensor method (self.buffer.add_(1)), or keep the "
-            f"module whole with policies={{{owner!r}: 'per_task'}}"
+            f"{assigned[0]}: {kind.__name__}.forward ({code.co_filename}:{code.co_firstlineno}) assigns to this buffer, "
+            "which tracing cannot record; write in place with a tensor method (self.buffer.add_(1)), or put that code "
+            "into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
 
 
