@@ -335,13 +335,22 @@ class HatModel(fx.GraphModule):
         assert task is not None
         forced = mask & (state.embeddings[task] <= 0)
         taken = mask | state.used(besides=task)
-        for name, (start, stop) in state.groups.items():
-            if forced[start:stop].any():
-                message = f"{name}: task {task} has every feature off; its strongest one is kept on"
-                warnings.warn(message, HatWarning, stacklevel=3)
-            if taken[start:stop].all() and len(self.finished_tasks) + 1 < self.num_tasks:
-                message = f"{name}: no feature is left that is free of finished tasks; later tasks can only reuse them"
-                warnings.warn(message, HatWarning, stacklevel=3)
+        more_to_come = len({*self.finished_tasks, task}) < self.num_tasks
+        off = [name for name, (start, stop) in state.groups.items() if forced[start:stop].any()]
+        full = [name for name, (start, stop) in state.groups.items() if more_to_come and taken[start:stop].all()]
+        if off:
+            message = f"{_listed(off)}: task {task} has every feature off; its strongest one is kept on"
+            warnings.warn(message, HatWarning, stacklevel=3)
+        if full:
+            message = (
+                f"{_listed(full)}: no feature is left that is free of finished tasks; later tasks can only reuse them"
+            )
+            warnings.warn(message, HatWarning, stacklevel=3)
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more layers" if len(names) > most else "")
 
 
 def _taken(model: HatModel, name: str) -> bool:

@@ -240,7 +240,7 @@ def _buffers_kept(net: nn.Module) -> Iterator[None]:
         kind = type(net.get_submodule(owner))
         code = inspect.unwrap(kind.forward).__code__
         raise ConversionError(
-            f"{assigned[0]}: {kind.__name__}.forward ({code.co_filename}:{code.co_firstlineno}) assigns to this buffer, "
+            f"{assigned[0]}: assigned to by {kind.__name__}.forward ({code.co_filename}:{code.co_firstlineno}), "
             "which tracing cannot record; write in place with a tensor method (self.buffer.add_(1)), or put that code "
             "into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
