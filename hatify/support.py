@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,19 +121,30 @@ def analyse(
 ) -> tuple[LabelSpace, Findings]:
     """Run every graph of `net` in evaluation mode and collect what the analysis finds; `net` is not changed."""
     space, findings = LabelSpace(couple), Findings()
-    saved = {name: buffer.clone() for name, buffer in net.named_buffers()}
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for graph in graphs:
                 SupportInterpreter(net, graph, classification, space, findings).run(*positional(graph, example_inputs))
     finally:
-        for name, buffer in net.named_buffers():
-            buffer.copy_(saved[name])
         for module, mode in modes.items():
             module.training = mode
     return space, findings
+
+
+@contextmanager
+def buffers_restored(net: nn.Module) -> Iterator[None]:
+    """Undo what happens to buffers within the context: writes to them, and new tensors in their place."""
+    saved = {
+        module: {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None} for module in net.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, buffers in saved.items():
+            for name, (buffer, value) in buffers.items():
+                module._buffers[name] = buffer.copy_(value)
 
 
 def positional(graph: fx.Graph, example_inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, ...]:
