@@ -14,7 +14,7 @@ from hatify.errors import ConversionError
 from hatify.examples import infer_example_inputs
 from hatify.model import HatModel
 from hatify.nn.state import TaskState
-from hatify.plan import check_complete, make_plan
+from hatify.plan import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import STATE, rewrite_graph, rewrite_modules
 from hatify.support import analyse
@@ -70,7 +70,6 @@ def hatify(
     classification = classify(net, traced.graphs, heads, overrides)
     space, findings = analyse(net, traced.graphs, inputs, classification, couple)
     plan = make_plan(net, traced.graphs, classification, space, findings)
-    check_complete(net, plan, traced.graphs)
     if classes is not None and Policy.HEAD not in plan.modules.values():
         raise ConversionError(
             f"{type(net).__name__}: num_classes is given, but no output layer was found; name it with heads="

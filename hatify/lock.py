@@ -21,7 +21,7 @@ from hatify.nn.per_task import PER_TASK, owned_by
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
-    from hatify.plan import Use
+    from hatify.slots import Use
 
 
 def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Tensor:

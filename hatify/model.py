@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hatify.census import Census
 from hatify.errors import HatError, HatWarning, TaskError
 from hatify.gate import gate
 from hatify.lock import Guard, named_tensors
 from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.nn.state import TaskState
-from hatify.plan import Census, Plan, Use
+from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
 from hatify.rewrite import STATE
+from hatify.slots import Use
 from hatify.trace import reads_training_flag
 
 #: Attributes that are built anew in a copy rather than copied.

@@ -11,7 +11,7 @@ from hatify.errors import TaskError
 from hatify.gate import gate
 
 if TYPE_CHECKING:
-    from hatify.plan import Layout
+    from hatify.slots import Layout
 
 
 class TaskState(nn.Module):
