@@ -21,7 +21,7 @@ from hatify.rules.registry import RULES
 
 #: Operations between an output layer and the output that make no features: besides data movement.
 _OUTPUT_ACTIVATIONS = {
-    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "dropout", "div", "truediv", "mul", "add",
+    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "sum", "dropout", "div", "truediv", "mul", "add",
     "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ def _has_state(module: nn.Module) -> bool:
 
 def _by_type(module: nn.Module) -> tuple[Policy, str]:
     kind = type(module).__name__
-    if is_known(module):
+    if is_known(module) and not is_altered(module):
         return Policy.NORM, f"{kind}: statistics and affine part of each task"
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return Policy.PER_TASK, f"{kind}: a normalisation of its own kind"
@@ -90,11 +90,16 @@ def is_plain(module: nn.Module, family: type[HatLayer]) -> bool:
     """Whether `module` computes just what its torch base does with its weight."""
     kind, base = type(module), family.base
     same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
-    hooked = module._forward_pre_hooks or hasattr(module, "parametrizations")
+    altered = is_altered(module) or hasattr(module, "parametrizations")
     own_weight = isinstance(module._parameters.get("weight"), nn.Parameter)
     renormalises = getattr(module, "max_norm", None) is not None
     known = same or (kind.__module__, kind.__qualname__) in PLAIN_SUBCLASSES
-    return known and not hooked and own_weight and not renormalises
+    return known and not altered and own_weight and not renormalises
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether hooks or a replaced ``forward`` make `module` compute something other than its class does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 #: Subclasses with a ``forward`` of their own that only pads the input before the ordinary layer.
@@ -165,6 +170,11 @@ def _override(
         raise ConversionError(
             f"policies[{path!r}]: {type(module).__name__} is not a plain {family.base.__name__}, so single entries "
             "of its weight cannot be locked; choose 'row' or 'per_task'"
+        )
+    if policy is Policy.ROW and not rows_are_independent(module, family):  # type: ignore[arg-type]
+        raise ConversionError(
+            f"policies[{path!r}]: the output features of this {type(module).__name__} do not each depend on one row of "
+            "its parameters only; choose 'shared' if it is plain, else 'per_task'"
         )
     return {path: (policy, "chosen by the user")}
 
@@ -238,11 +248,23 @@ def _layers_behind(
         return None
     found: set[str] = set()
     for source in node.all_input_nodes:
+        if _is_size(source):
+            continue
         layers = _layers_behind(source, net, owning, feeding)
         if layers is None:
             return None
         found |= layers
     return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a shape or a number computed from shapes."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "ndimension", "numel")
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(map(_is_size, inputs))
 
 
 def _is_movement(target: Any) -> bool:
@@ -268,7 +290,8 @@ def _settle_ties(net: nn.Module, policies: dict[str, tuple[Policy, str]], graphs
                 owners.setdefault(id(parameter), []).append(path)
         for key, paths in owners.items():
             tied = len(paths) > 1 or key in read
-            for path in paths if tied else ():
+            heads_first = sorted(paths, key=lambda path: policies[path][0] is not Policy.HEAD)
+            for path in heads_first if tied else ():
                 changed |= _settle(net, path, paths, policies, key in read)
 
 

@@ -63,9 +63,9 @@ def hatify(
         ValueError: an argument is out of range.
     """
     classes = _check_arguments(net, num_tasks, num_classes, s_max)
+    net = detached_copy(net)
     inputs = _example_inputs(net, example_inputs)
     overrides = dict(policies or {})
-    net = detached_copy(net)
     traced = trace(net, inputs, frozenset(overrides))
     classification = classify(net, traced.graphs, heads, overrides)
     space, findings = analyse(net, traced.graphs, inputs, classification, couple)
@@ -107,8 +107,8 @@ def _check_arguments(
         raise ValueError(f"s_max must be finite and above 1, not {s_max!r}")
     if num_classes is None:
         return None
-    classes = [num_classes] * num_tasks if isinstance(num_classes, int) else list(num_classes)
-    if len(classes) != num_tasks or not all(isinstance(n, int) and n > 0 for n in classes):
+    classes = list(num_classes) if isinstance(num_classes, Iterable) else [num_classes] * num_tasks
+    if len(classes) != num_tasks or not all(type(n) is int and n > 0 for n in classes):
         raise ValueError(f"num_classes must be a positive integer or {num_tasks} of them, not {num_classes!r}")
     return classes
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hatify.errors import ConversionError
+from hatify.support import buffers_restored
 
 # Two samples: with one, a network that squeezes or takes statistics over the batch would be misread.
 BATCH = 2
@@ -85,7 +86,7 @@ def _accepts(net: nn.Module, example: torch.Tensor) -> bool:
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             net(example)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return False

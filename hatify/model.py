@@ -27,6 +27,8 @@ from hatify.trace import reads_training_flag
 
 #: Attributes that are built anew in a copy rather than copied.
 _NOT_COPIED = ("_graph", "_graphs", "_guard")
+#: Hooks of the original that its conversion keeps.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class HatModel(fx.GraphModule):
@@ -65,6 +67,7 @@ class HatModel(fx.GraphModule):
         for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[table] = vars(root)[table]
         self.training = root.training
+        self.__dict__.update({name: hooks for name, hooks in vars(root).items() if name.startswith(_HOOKS)})
         for name, value in vars(root).items():
             if name not in self.__dict__ and not hasattr(type(self), name):
                 self.__dict__[name] = value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hatify.classify import Classification
+from hatify.classify import Classification, is_altered
 from hatify.labels import LabelSpace
 from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
@@ -77,7 +77,8 @@ class SupportInterpreter(fx.Interpreter):
             return None
         if module is not None and str(node.target) in self.modules:
             return module_labels(call, self.modules[str(node.target)][0])
-        rule = RULES.get(type(module) if module is not None else node.target)
+        known = module is None or not is_altered(module)
+        rule = RULES.get(type(module) if module is not None else node.target) if known else None
         return rule(call) if rule is not None else like_input(call)
 
     def _labels_of(self, argument: Any) -> Labels:
@@ -136,15 +137,16 @@ def analyse(
 @contextmanager
 def buffers_restored(net: nn.Module) -> Iterator[None]:
     """Undo what happens to buffers within the context: writes to them, and new tensors in their place."""
-    saved = {
-        module: {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None} for module in net.modules()
-    }
+    saved = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+    ]
     try:
         yield
     finally:
-        for module, buffers in saved.items():
-            for name, (buffer, value) in buffers.items():
-                module._buffers[name] = buffer.copy_(value)
+        for module, name, buffer, value in saved:
+            module._buffers[name] = None if buffer is None else buffer.copy_(value)
 
 
 def positional(graph: fx.Graph, example_inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, ...]:

@@ -70,8 +70,15 @@ class TaskState(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         if self.training or not self.finished[self.task] or self.learning == self.task:
             return self.masks_from(self.gates())
+        if torch.compiler.is_compiling():
+            return self.masks_from(self.gates())
         if self.task not in self._constant_masks:
-            self._constant_masks[self.task] = self.masks_from(self.gates())
+            # Not as inference tensors: the same masks may be needed for gradients later.
+            with torch.inference_mode(False), torch.no_grad():
+                masks = self.masks_from(self.gates())
+            if any(type(mask) is not Tensor for mask in masks.values()):
+                return masks
+            self._constant_masks[self.task] = masks
         return self._constant_masks[self.task]
 
     def gates(self) -> Tensor:

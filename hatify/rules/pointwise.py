@@ -99,7 +99,7 @@ def add(call: Call) -> Labels:
     featured, dims = (a, dims_a) if _features(a) else (b, dims_b)
     if not dims:
         return call.all_on()
-    return call.mask(torch.where(filled & is_leaf(featured), featured, result))
+    return call.mask(torch.where(filled & is_leaf(featured), featured, result), zero_stays=True)
 
 
 @rule(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")

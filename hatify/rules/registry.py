@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hatify.labels import ON, ZERO, LabelSpace, is_leaf, varying_dims
+from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
 
 #: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
 Labels = Any
@@ -88,14 +88,17 @@ class Call:
         """``ON`` for every tensor of the output."""
         return constant_labels(self.out if like is None else like, ON)
 
-    def mask(self, labels: Tensor, value: Tensor | None = None) -> Tensor:
+    def mask(self, labels: Tensor, zero_stays: bool = False) -> Tensor:
         """Ask for a mask on this node's output, so that its support becomes `labels`; ON where that cannot be.
 
-        A mask can be inserted where the features lie along one dimension. Labels that hold no leaf need none.
+        A mask can be inserted where the features lie along one dimension. Labels that hold no leaf need none. What was
+        always zero is ON afterwards, unless the operation maps zero to zero there.
         """
-        out = self.out if value is None else value
+        out = self.out
         if labels.shape != out.shape:
             return self.all_on()
+        if not zero_stays:
+            labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
         dims = varying_dims(labels)
         if len(dims) > 1 or not is_leaf(labels).any():
             return self.all_on() if len(dims) > 1 else labels

@@ -1,0 +1,245 @@
+"""Every timm model as a network of tasks: ``timm.create_model("hat_resnet18", num_tasks=5)``.
+
+Importing this module registers ``hat_<name>`` with timm for each name that timm knows; no model is created before it is
+asked for::
+
+    import timm, hatify.timm_models
+
+    model = timm.create_model("hat_resnet50.a1_in1k", num_tasks=3, pretrained=True, num_classes=[10, 5, 2])
+    timm.list_models("hat_*")
+    timm.data.resolve_model_data_config(model)
+
+The arguments of `hatify.hatify` (``num_tasks``, which is required, ``example_inputs``, ``heads``, ``mask_init``,
+``couple``, ``s_max``, ``policies``, ``clamp``) go to the conversion, all others to timm; ``num_classes`` is one number
+or one for each task. ``timm.create_model`` drops arguments that are None, so ``heads=[]`` asks for no heads.
+
+Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of
+every task. With another number of classes than the weights have, the heads start afresh, as in timm. The converted
+model keeps timm's attributes (``pretrained_cfg``, ``num_features``, …; ``num_classes`` is a tuple where tasks differ in
+it) and ``get_classifier()``, and takes state dictionaries of the original (`OriginalWeights`), which is how
+``checkpoint_path`` works.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import (
+    DefaultCfg,
+    get_arch_pretrained_cfgs,
+    get_deprecated_models,
+    is_model,
+    list_models,
+    model_entrypoint,
+    register_model,
+    register_model_deprecations,
+)
+from torch import Tensor
+
+from hatify.convert import hatify
+from hatify.model import HatModel
+from hatify.nn.per_task import PER_TASK, PerTask
+from hatify.rewrite import STATE
+
+PREFIX = "hat_"
+
+#: Keywords that go to `hatify.hatify`; ``num_classes`` concerns both sides.
+OPTIONS = tuple(name for name in inspect.signature(hatify).parameters if name not in ("net", "num_classes"))
+
+
+class EntryPoint:
+    """Creates a timm model and converts it; registered under ``hat_<name>``.
+
+    Args:
+        name: timm's name of the model, without a tag.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # What timm's registry reads of a function.
+        self.__name__ = self.__qualname__ = PREFIX + name
+        self.__module__ = __name__
+        self.__doc__ = f"timm's ``{name}``, converted by `hatify.hatify`; see `hatify.timm_models`."
+
+    def __call__(self, pretrained: bool = False, **kwargs: Any) -> HatModel:
+        """The converted model.
+
+        Args:
+            pretrained: load timm's weights before the conversion.
+            kwargs: arguments of `hatify.hatify` and of timm's entry point.
+
+        Raises:
+            TypeError: ``num_tasks`` is missing.
+            ValueError: an argument is out of range.
+            ConversionError: the model cannot be converted.
+        """
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        if "num_tasks" not in options:
+            raise TypeError(f"num_tasks is missing: timm.create_model({self.__name__!r}, num_tasks=…)")
+        per_task = _one_per_task(kwargs, options["num_tasks"])
+        net = model_entrypoint(self.name)(pretrained=pretrained, **kwargs)
+        model = hatify(net, num_classes=per_task, **options)
+        if per_task is not None:
+            model.num_classes = per_task
+        keep_interface(model, net)
+        return model
+
+    def __repr__(self) -> str:
+        return f"<entry point of {self.__name__}>"
+
+
+def _one_per_task(kwargs: dict[str, Any], num_tasks: int) -> tuple[int, ...] | None:
+    """The numbers of classes where tasks differ in it, else None; `kwargs` keeps the one that timm's network gets."""
+    if not isinstance(kwargs.get("num_classes"), Iterable):
+        return None
+    per_task = tuple(kwargs["num_classes"])
+    if len(per_task) != num_tasks:
+        raise ValueError(f"num_classes must be an integer or {num_tasks} of them, not {per_task}")
+    kwargs["num_classes"] = per_task[0]
+    return per_task if len(set(per_task)) > 1 else None
+
+
+# timm's interface ----------------------------------------------------------------------------------------------------
+
+
+def keep_interface(model: HatModel, net: Any) -> None:
+    """Give a converted model what timm's own code expects of the network it was made from.
+
+    Attributes that are no methods are there already. This adds ``get_classifier()``, which answers for the task that
+    is set, and lets the model load state dictionaries of `net`. (What is added refers to parts of the model or to
+    names, never to the model itself, so that copies and pickles take it along.)
+    """
+    per_task = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PER_TASK)]
+    model._register_load_state_dict_pre_hook(OriginalWeights(frozenset(per_task), model.num_tasks))
+    model.register_load_state_dict_post_hook(_state_may_be_missing)
+    if hasattr(net, "get_classifier"):
+        paths = {id(m): path for path, m in net.named_modules()}
+        found = net.get_classifier()
+        several = isinstance(found, tuple)
+        layers = [Layer.within(model, paths.get(id(m)), m) for m in (found if several else (found,))]
+        model.get_classifier = Classifier(tuple(layers), several)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a converted model, by its path from one of the model's children; calling it finds the active copy."""
+
+    child: Any
+    path: tuple[str, ...]
+
+    @classmethod
+    def within(cls, model: HatModel, path: str | None, otherwise: Any) -> Layer:
+        """The layer at `path` of the original; `otherwise` if the original has none there."""
+        if not path:
+            return cls(otherwise, ())
+        first, *rest = path.split(".")
+        return cls(model._modules[first], tuple(rest))
+
+    def __call__(self) -> Any:
+        layer = _active(self.child)
+        for name in self.path:
+            layer = _active(getattr(layer, name))
+        return layer
+
+
+def _active(module: Any) -> Any:
+    return module[module.task] if isinstance(module, PerTask) else module
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A converted model's ``get_classifier``: the output layer of the task that is set, or a tuple of them."""
+
+    layers: tuple[Layer, ...]
+    several: bool
+
+    def __call__(self) -> Any:
+        layers = tuple(layer() for layer in self.layers)
+        return layers if self.several else layers[0]
+
+
+@dataclass(frozen=True)
+class OriginalWeights:
+    """A hook of ``load_state_dict`` by which a converted model takes weights of the original.
+
+    Each weight of a module or parameter that every task has its own of is repeated for each task. State dictionaries
+    of converted models pass unchanged.
+
+    Attributes:
+        per_task: where the model has one copy per task.
+        num_tasks: how many.
+    """
+
+    per_task: frozenset[str]
+    num_tasks: int
+
+    def __call__(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        if any(key.startswith(f"{prefix}{STATE}.") for key in state_dict):
+            return
+        for key in list(state_dict):
+            place = next((p for p in _ancestors(key.removeprefix(prefix)) if p in self.per_task), None)
+            if place is None or not key.startswith(prefix):
+                continue
+            value, rest = state_dict.pop(key), key[len(prefix) + len(place) :]
+            state_dict.update({f"{prefix}{place}.{task}{rest}": value for task in range(self.num_tasks)})
+
+
+def _ancestors(name: str) -> list[str]:
+    """``"a.b.c"``: a, a.b, a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _state_may_be_missing(model: HatModel, incompatible: Any) -> None:
+    """The original's weights say nothing of tasks: before the first task has begun, nothing need be said."""
+    if model.finished_tasks or model.active_task is not None:
+        return
+    missing = incompatible.missing_keys
+    state = [key for key in missing if STATE in key.split(".")]
+    if len(state) == len(model.task_state.state_dict()):
+        missing[:] = [key for key in missing if key not in state]
+
+
+# The registry --------------------------------------------------------------------------------------------------------
+
+#: Where `register_model` looks for the pretrained weights that a name has: those of the original.
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def register_all() -> None:
+    """Register ``hat_<name>`` for every name of timm's that has none yet.
+
+    Importing this module calls it; call it again after registering models of your own with timm.
+    """
+    for name in list_models():
+        if not name.startswith(PREFIX) and not is_model(PREFIX + name):
+            default_cfgs[PREFIX + name] = _weights_of(name)
+            register_model(EntryPoint(name))
+    register_model_deprecations(
+        __name__,
+        {
+            PREFIX + old: new and PREFIX + new
+            for old, new in get_deprecated_models().items()
+            if not old.startswith(PREFIX) and not is_model(PREFIX + old)
+        },
+    )
+
+
+def _weights_of(name: str) -> DefaultCfg:
+    """The pretrained weights of a timm model, the default first."""
+    tagged = {cfg.tag or "": cfg for cfg in get_arch_pretrained_cfgs(name).values()}
+    return DefaultCfg(deque(tagged), tagged, any(cfg.has_weights for cfg in tagged.values()))
+
+
+def __getattr__(name: str) -> Any:
+    """``hatify.timm_models.hat_resnet18``: entry points, as in timm's own modules."""
+    if name.startswith(PREFIX) and is_model(name):
+        return model_entrypoint(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_all()

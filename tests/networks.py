@@ -1,0 +1,1228 @@
+"""Generated networks: random architectures as ordinary modules with ordinary ``forward`` methods.
+
+A network is a front end, some blocks, and an output layer. A *block* is a function that is given a source of choices
+and the signal that comes in, and returns a module and the signal that goes out; the decorator `block` names the kinds
+of signal it takes. To have a new construction generated, write the module and its block.
+
+Every choice is drawn from a ``random.Random``, so the same code serves hypothesis (`networks`), which can shrink what
+it finds, and long runs of seeds (`generate`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+T = TypeVar("T")
+
+CHANNELS = (4, 8, 12)
+VOCABULARY = 11
+CLASSES = 3
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+ADAPTIVE_AVG = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+ADAPTIVE_MAX = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}
+FUNCTIONAL_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What flows between blocks: one sample of an ``image`` (C, *spatial), of ``tokens`` (L, C), or a ``vector`` (C,)."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-1] if self.kind == "tokens" else self.shape[0]
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        return self.shape[:-1] if self.kind == "tokens" else self.shape[1:]
+
+    @property
+    def channel_dim(self) -> int:
+        """Of a batch; negative."""
+        return -1 if self.kind == "tokens" else -len(self.shape)
+
+    def wide(self, channels: int) -> Signal:
+        """The same with another number of channels."""
+        return image(channels, *self.spatial) if self.kind == "image" else replace(
+            self, shape=(*self.spatial, channels)
+        )
+
+
+def image(*shape: int) -> Signal:
+    return Signal("image", shape)
+
+
+def tokens(length: int, channels: int) -> Signal:
+    return Signal("tokens", (length, channels))
+
+
+def vector(channels: int) -> Signal:
+    return Signal("vector", (channels,))
+
+
+@dataclass
+class Draw:
+    """A source of choices, and a record of them."""
+
+    random: random.Random
+    blocks: list[str] = field(default_factory=list)
+    depth: int = 0
+    #: Statistics over a batch need two samples.
+    smallest_batch: int = 1
+
+    def one_of(self, *options: T) -> T:
+        return self.random.choice(options)
+
+    def flag(self) -> bool:
+        return self.random.choice((False, True))
+
+    def between(self, low: int, high: int) -> int:
+        return self.random.choice(range(low, high + 1))
+
+    def channels(self) -> int:
+        return self.one_of(*CHANNELS)
+
+    def divisor(self, most: int, *sizes: int) -> int:
+        """A number of groups up to `most` that divides every size."""
+        return self.one_of(*(n for n in range(1, most + 1) if not any(size % n for size in sizes)))
+
+    def note(self, name: str) -> None:
+        self.blocks.append(name)
+
+
+Made = tuple[nn.Module, Signal]
+Block = Callable[[Draw, Signal], Made]
+BLOCKS: dict[str, tuple[frozenset[str], Block]] = {}
+
+
+def block(*kinds: str) -> Callable[[Block], Block]:
+    """Register a block for some kinds of signal."""
+
+    def register(function: Block) -> Block:
+        BLOCKS[function.__name__] = frozenset(kinds), function
+        return function
+
+    return register
+
+
+def any_block(draw: Draw, signal: Signal, among: Sequence[str] | None = None) -> Made:
+    """A random block that takes `signal`."""
+    names = [n for n, (kinds, _) in BLOCKS.items() if signal.kind in kinds and (among is None or n in among)]
+    name = draw.one_of(*names)
+    draw.note(name)
+    return BLOCKS[name][1](draw, signal)
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+class FunctionalLinear(nn.Module):
+    """A linear layer written as a function of raw parameters."""
+
+    def __init__(self, features_in: int, features_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features_out, features_in) / math.sqrt(features_in))
+        self.bias = nn.Parameter(torch.randn(features_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MatrixProduct(nn.Module):
+    """A linear layer written as a matrix product, ``x @ weight``, or with einsum."""
+
+    def __init__(self, features_in: int, features_out: int, einsum: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features_in, features_out) / math.sqrt(features_in))
+        self.einsum = einsum
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bli,io->blo", x, self.weight) if self.einsum else x @ self.weight
+
+
+class FunctionalConv(nn.Module):
+    """A convolution written as a function of raw parameters."""
+
+    def __init__(self, channels_in: int, channels_out: int, spatial: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        weight = torch.randn(channels_out, channels_in // groups, *(3,) * spatial)
+        self.weight = nn.Parameter(weight / math.sqrt(weight[0].numel()))
+        self.bias = nn.Parameter(torch.randn(channels_out)) if bias else None
+        self.conv = FUNCTIONAL_CONV[spatial]
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.weight, self.bias, padding=1, groups=self.groups)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution that standardises each row of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        mean, std = weight.mean((1, 2, 3), keepdim=True), weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (weight - mean) / (std + 1e-4), self.bias, self.stride, self.padding)
+
+
+class ChannelsLast(nn.Module):
+    """Applies a module with the channels moved behind the positions."""
+
+    def __init__(self, inner: nn.Module, spatial: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.there = (0, *range(2, 2 + spatial), 1)
+        self.back = (0, 1 + spatial, *range(1, 1 + spatial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.permute(self.there)).permute(self.back)
+
+
+class Transposed(nn.Module):
+    """Applies a module with tokens and channels transposed."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+
+def layer(draw: Draw, signal: Signal, channels: int | None = None) -> Made:
+    """A weighted layer that maps the channels of `signal` to `channels` and keeps its positions."""
+    out = draw.channels() if channels is None else channels
+    result = signal.wide(out)
+    bias = draw.flag()
+    kind = draw.one_of(*(_IMAGE_LAYERS if signal.kind == "image" else _DENSE_LAYERS))
+    draw.note(f"layer:{kind}")
+    if signal.kind != "image":
+        return _dense_layer(draw, kind, signal, out, bias), result
+    spatial = len(signal.spatial)
+    if kind == "channels_last":
+        return ChannelsLast(nn.Linear(signal.channels, out, bias), spatial), result
+    if kind == "functional":
+        groups = draw.divisor(2, signal.channels, out)
+        return FunctionalConv(signal.channels, out, spatial, groups, bias), result
+    if kind == "standardized" and spatial == 2:
+        return StandardizedConv2d(signal.channels, out, 3, padding=1, bias=bias), result
+    common = math.gcd(signal.channels, out)
+    groups = {"grouped": draw.divisor(4, common), "depthwise": common}.get(kind, 1)
+    size, dilation = draw.one_of((3, 1), (1, 1), (3, 2))
+    options: dict[str, Any] = {"padding": dilation * (size // 2), "dilation": dilation, "groups": groups, "bias": bias}
+    if kind == "transposed":
+        options["groups"] = draw.divisor(4, common)
+        return CONV_TRANSPOSE[spatial](signal.channels, out, size, **options), result
+    if kind == "plain" and dilation == 1:
+        options["padding_mode"] = draw.one_of("zeros", "circular", "replicate")
+    conv = CONV[spatial](signal.channels, out, size, **options)
+    return _reparametrized(draw, conv) if kind == "reparametrized" else conv, result
+
+
+_IMAGE_LAYERS = (
+    "plain", "plain", "grouped", "depthwise", "transposed", "functional", "channels_last", "reparametrized",
+    "standardized",
+)  # fmt: skip
+_DENSE_LAYERS = ("plain", "plain", "functional", "product", "convolution", "reparametrized")
+
+
+def _dense_layer(draw: Draw, kind: str, signal: Signal, out: int, bias: bool) -> nn.Module:
+    if kind == "functional":
+        return FunctionalLinear(signal.channels, out, bias)
+    if kind == "product":
+        return MatrixProduct(signal.channels, out, einsum=signal.kind == "tokens" and draw.flag())
+    if kind == "convolution" and signal.kind == "tokens":
+        return Transposed(nn.Conv1d(signal.channels, out, 3, padding=1, bias=bias))
+    linear = nn.Linear(signal.channels, out, bias)
+    return _reparametrized(draw, linear) if kind == "reparametrized" else linear
+
+
+def _reparametrized(draw: Draw, module: nn.Module) -> nn.Module:
+    how = draw.one_of("weight_norm", "legacy_weight_norm", "spectral_norm")
+    draw.note(how)
+    if how == "weight_norm":
+        return parametrizations.weight_norm(module)
+    if how == "spectral_norm":
+        return parametrizations.spectral_norm(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(module)
+
+
+# Normalisations ------------------------------------------------------------------------------------------------------
+
+
+class HandwrittenRMSNorm(nn.Module):
+    """Root mean square normalisation in elementary operations."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(1 + 0.3 * torch.randn(channels, *(1,) * (-1 - dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(self.dim, keepdim=True) + 1e-3)
+
+
+class FunctionalNorm(nn.Module):
+    """Layer or group norm written as a function of raw parameters."""
+
+    def __init__(self, channels: int, groups: int | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.3 * torch.randn(channels))
+        self.bias = nn.Parameter(0.3 * torch.randn(channels))
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups is None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-3)
+        return F.group_norm(x, self.groups, self.weight, self.bias, eps=1e-3)
+
+
+class UnitLength(nn.Module):
+    """Normalises the channels at each position to unit length."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=self.dim, eps=1e-2)
+
+
+@block("image", "tokens", "vector")
+def norm(draw: Draw, signal: Signal) -> Made:
+    """Any normalisation. The eps are large: statistics over a few numbers must not amplify rounding."""
+    spatial = len(signal.spatial)
+    if signal.kind == "tokens":
+        if draw.flag():
+            inner, _ = norm(draw, image(signal.channels, *signal.spatial))
+            return Transposed(inner), signal
+        kind = draw.one_of("layer", "rms", "whole", "functional", "handwritten", "unit")
+    else:
+        kind = draw.one_of("batch", "group", "layer", "rms", "functional", "handwritten", "unit")
+        kind = draw.one_of(kind, "instance", "whole") if signal.kind == "image" else kind
+    draw.note(f"norm:{kind}")
+    module = _norm(draw, kind, signal)
+    if kind in ("layer", "rms") and signal.kind == "image":
+        module = ChannelsLast(module, spatial)
+    return _with_random_statistics(module), signal
+
+
+def _norm(draw: Draw, kind: str, signal: Signal) -> nn.Module:
+    channels, spatial = signal.channels, len(signal.spatial)
+    affine = draw.one_of(True, True, False)
+    if kind == "batch":
+        tracked = draw.one_of(True, True, False)
+        draw.smallest_batch = max(draw.smallest_batch, 1 if tracked else 2)
+        momentum = draw.one_of(0.1, None)
+        return BATCH_NORM[spatial](channels, 1e-2, momentum, affine, tracked)
+    if kind == "instance":
+        return INSTANCE_NORM[spatial](channels, 1e-2, 0.1, affine, draw.flag())
+    if kind == "group":
+        return nn.GroupNorm(draw.divisor(max(1, channels // 2), channels), channels, 1e-2, affine)
+    if kind == "rms":
+        return nn.RMSNorm(channels, draw.one_of(1e-2, None), affine)
+    if kind in ("layer", "whole"):
+        shape = (channels,) if kind == "layer" else signal.shape
+        return nn.LayerNorm(shape, 1e-2, affine, bias=draw.one_of(True, True, False))
+    if kind == "functional":
+        return FunctionalNorm(channels, None if signal.kind == "tokens" else draw.divisor(max(1, channels // 2), channels))
+    return HandwrittenRMSNorm(channels, signal.channel_dim) if kind == "handwritten" else UnitLength(signal.channel_dim)
+
+
+def _with_random_statistics(module: nn.Module) -> nn.Module:
+    """Statistics and affine parameters as after some training: a normalised zero is not zero."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_floating_point():
+            noise = 0.3 * torch.randn_like(value)
+            value.data.copy_((1 + noise).abs() + 0.1 if name.endswith(("weight", "var")) else noise)
+    return module
+
+
+# Activations ---------------------------------------------------------------------------------------------------------
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name, self.function = name, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu method": lambda x: x.relu(),
+    "tanh": lambda x: x.tanh(),
+    "sigmoid": torch.sigmoid,
+    "swish": lambda x: x * torch.sigmoid(x),
+    "hard swish": lambda x: x * F.relu6(x + 3) / 6,
+    "softplus": F.softplus,
+    "exp of tanh": lambda x: x.tanh().exp(),
+    "cos": torch.cos,
+    "clamp around zero": lambda x: x.clamp(-1.0, 1.0),
+    "clamp from below": lambda x: x.clamp(min=0.1),
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky relu in place": lambda x: F.leaky_relu_(x * 1.0, 0.2),
+    "abs": abs,
+    "minus": lambda x: -x,
+    "plus one": lambda x: x + 1,
+    "one minus": lambda x: 1 - x,
+    "half": lambda x: x / 2,
+    "square of tanh": lambda x: x.tanh() ** 2,
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "masked fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "masked fill with one": lambda x: x.masked_fill(x < 0, 1.0),
+    "cast": lambda x: x.float().to(x.dtype),
+    "detached scale": lambda x: x * x.detach().sigmoid(),
+    "maximum": lambda x: torch.maximum(x, 0.1 * x),
+    "lerp": lambda x: torch.lerp(x, x.tanh(), 0.5),
+}
+
+
+@block("image", "tokens", "vector")
+def activation(draw: Draw, signal: Signal) -> Made:
+    kind = draw.one_of("module", "function", "inplace", "prelu", "softmax")
+    if kind == "function":
+        name = draw.one_of(*FUNCTIONS)
+        draw.note(f"activation:{name}")
+        return Function(name, FUNCTIONS[name]), signal
+    draw.note(f"activation:{kind}")
+    if kind == "prelu":
+        return nn.PReLU(draw.one_of(1, signal.channels) if signal.kind != "tokens" else 1), signal
+    if kind == "softmax":
+        return nn.Softmax(signal.channel_dim), signal
+    if kind == "inplace":
+        # Behind a layer: what other activations save for backward must not be overwritten.
+        first, _ = layer(draw, signal, signal.channels)
+        second = norm(draw, signal)[0] if draw.flag() else nn.Identity()
+        act = draw.one_of(nn.ReLU, nn.SiLU, nn.ELU, nn.Hardswish, nn.LeakyReLU)(inplace=True)
+        return nn.Sequential(first, second, act), signal
+    modules = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU, nn.Mish, nn.Hardsigmoid, nn.LogSigmoid)
+    return draw.one_of(*modules)(), signal
+
+
+# Noise in training ---------------------------------------------------------------------------------------------------
+
+
+class FunctionalDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.2, training=self.training)
+
+
+class DropPath(nn.Module):
+    """Drops whole samples while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(0.8)
+        return x * keep / 0.8
+
+
+class ModeDependent(nn.Module):
+    """Computes something else while training, by another layer."""
+
+    def __init__(self, training: nn.Module, evaluation: nn.Module) -> None:
+        super().__init__()
+        self.in_training, self.in_evaluation = training, evaluation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_evaluation(x) + self.in_training(x) if self.training else self.in_evaluation(x)
+
+
+@block("image", "tokens", "vector")
+def noise(draw: Draw, signal: Signal) -> Made:
+    kind = draw.one_of("module", "function", "path", "mode", "alpha")
+    draw.note(f"noise:{kind}")
+    if kind == "mode":
+        return ModeDependent(layer(draw, signal, signal.channels)[0], layer(draw, signal, signal.channels)[0]), signal
+    modules = {"module": lambda: nn.Dropout(0.2), "function": FunctionalDropout, "path": DropPath}
+    return modules.get(kind, lambda: nn.AlphaDropout(0.2))(), signal
+
+
+# Compositions --------------------------------------------------------------------------------------------------------
+
+
+def body(draw: Draw, signal: Signal, channels: int | None = None) -> nn.Module:
+    """A chain that keeps positions and ends with a weighted layer of `channels` (default: those of `signal`) outputs."""
+    parts: list[nn.Module] = []
+    current = signal
+    for _ in range(draw.between(0, 2)):
+        if draw.depth < 2:
+            draw.depth += 1
+            part, after = any_block(draw, current, SAME_POSITIONS)
+            draw.depth -= 1
+            parts.append(part)
+            current = after
+    parts.append(layer(draw, current, channels or signal.channels)[0])
+    return nn.Sequential(*parts)
+
+
+@block("image", "tokens", "vector")
+def stage(draw: Draw, signal: Signal) -> Made:
+    """Layer, normalisation, activation."""
+    first, signal = layer(draw, signal)
+    parts = [first]
+    for kind in draw.one_of((norm, activation), (activation, norm), (norm,), (activation,)):
+        parts.append(kind(draw, signal)[0])
+    return nn.Sequential(*parts), signal
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module, shortcut: nn.Module, scale: Tensor | None, how: str) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.how = body, shortcut, how
+        self.scale = None if scale is None else nn.Parameter(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if self.scale is not None:
+            y = self.scale * y
+        if self.how == "in place":
+            y += self.shortcut(x)
+            return y
+        return torch.sub(self.shortcut(x), y) if self.how == "difference" else self.shortcut(x) + y
+
+
+@block("image", "tokens", "vector")
+def residual(draw: Draw, signal: Signal) -> Made:
+    """x + f(x), with a projection or a learned scale per channel."""
+    shortcut: nn.Module = nn.Identity()
+    out = signal
+    if draw.flag():
+        shortcut, out = layer(draw, signal)
+    scaled = draw.one_of("none", "channels", "scalar")
+    scale = None
+    if scaled != "none":
+        draw.note(f"scale:{scaled}")
+        scale = parameter_along(out) if scaled == "channels" else torch.tensor(0.5)
+    how = draw.one_of("sum", "in place", "difference")
+    return Residual(body(draw, signal, out.channels), shortcut, scale, how), out
+
+
+def parameter_along(signal: Signal) -> Tensor:
+    """Noise in the shape of a parameter with one value per channel."""
+    return torch.randn(signal.channels, *(1,) * (-1 - signal.channel_dim))
+
+
+class PaddedResidual(nn.Module):
+    """A residual whose shortcut is padded with channels of zeros, as in ResNets for CIFAR."""
+
+    def __init__(self, body: nn.Module, padding: tuple[int, ...]) -> None:
+        super().__init__()
+        self.body, self.padding = body, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.padding) + self.body(x)
+
+
+@block("image", "tokens", "vector")
+def padded_residual(draw: Draw, signal: Signal) -> Made:
+    before, after = draw.one_of((0, 4), (2, 2), (0, 0))
+    padding = (0, 0) * (-1 - signal.channel_dim) + (before, after)
+    out = signal.wide(signal.channels + before + after)
+    return PaddedResidual(body(draw, signal, out.channels), padding), out
+
+
+class Branches(nn.Module):
+    """Concatenates what its branches make of the same input."""
+
+    def __init__(self, branches: Sequence[nn.Module], dim: int) -> None:
+        super().__init__()
+        self.branches, self.dim = nn.ModuleList(branches), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], self.dim)
+
+
+@block("image", "tokens", "vector")
+def branches(draw: Draw, signal: Signal) -> Made:
+    """Concatenation; one branch may be the input itself (dense connections) or zeros."""
+    first = draw.one_of("body", "input")
+    parts = [body(draw, signal, 4), nn.Identity() if first == "input" else body(draw, signal, 4)]
+    width = 4 + (signal.channels if first == "input" else 4)
+    if draw.flag():
+        parts.reverse()
+    return Branches(parts, signal.channel_dim), signal.wide(width)
+
+
+class Split(nn.Module):
+    """Sends a part of the channels through a body."""
+
+    def __init__(self, body: nn.Module, sizes: tuple[int, int], dim: int, how: str) -> None:
+        super().__init__()
+        self.body, self.sizes, self.dim, self.how = body, sizes, dim, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "split":
+            kept, sent = torch.split(x, self.sizes, self.dim)
+        elif self.how == "chunk":
+            kept, sent = x.chunk(2, self.dim)
+        else:
+            kept, sent = x.narrow(self.dim, 0, self.sizes[0]), x.narrow(self.dim, *self.sizes)
+        return torch.cat((self.body(sent), kept), self.dim)
+
+
+@block("image", "tokens", "vector")
+def split(draw: Draw, signal: Signal) -> Made:
+    if signal.channels < 4:
+        return stage(draw, signal)
+    half = signal.channels // 2
+    how = draw.one_of("chunk", "split", "narrow") if signal.channels % 2 == 0 else "split"
+    sizes = (half, signal.channels - half)
+    part = signal.wide(sizes[1])
+    return Split(body(draw, part), sizes, signal.channel_dim, how), signal
+
+
+class Gate(nn.Module):
+    def __init__(self, value: nn.Module, gate: nn.Module, squash: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.value, self.gate, self.squash = value, gate, squash
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(x) * self.squash(self.gate(x))
+
+
+class GatedUnit(nn.Module):
+    """Half of the channels gate the other half."""
+
+    def __init__(self, inner: nn.Module, dim: int, how: str) -> None:
+        super().__init__()
+        self.inner, self.dim, self.how = inner, dim, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.how == "glu":
+            return F.glu(y, self.dim)
+        value, gate = y.chunk(2, self.dim)
+        return value * (torch.sigmoid(gate) if self.how == "sigmoid" else gate)
+
+
+@block("image", "tokens", "vector")
+def gate(draw: Draw, signal: Signal) -> Made:
+    out = signal.wide(draw.one_of(4, 8))
+    kind = draw.one_of("two bodies", "one body")
+    if kind == "one body":
+        inner = body(draw, signal, 2 * out.channels)
+        return GatedUnit(inner, signal.channel_dim, draw.one_of("sigmoid", "product", "glu")), out
+    squash = draw.one_of(torch.sigmoid, F.silu, F.hardsigmoid, torch.tanh)
+    return Gate(body(draw, signal, out.channels), body(draw, signal, out.channels), squash), out
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, signal: Signal, convolutional: bool) -> None:
+        super().__init__()
+        channels, spatial = signal.channels, len(signal.spatial)
+        self.dims = tuple(range(2, 2 + spatial))
+        self.convolutional = convolutional
+        if convolutional:
+            self.reduce, self.expand = CONV[spatial](channels, 4, 1), CONV[spatial](4, channels, 1)
+        else:
+            self.reduce, self.expand = nn.Linear(channels, 4), nn.Linear(4, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        squeezed = x.mean(self.dims, keepdim=self.convolutional)
+        gate = torch.sigmoid(self.expand(F.relu(self.reduce(squeezed))))
+        return x * (gate if self.convolutional else gate.reshape(gate.shape[0], -1, *(1,) * len(self.dims)))
+
+
+@block("image")
+def squeeze_excite(draw: Draw, signal: Signal) -> Made:
+    return SqueezeExcite(signal, draw.flag()), signal
+
+
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self, inner: nn.Module, between: nn.Module, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner, self.between = first, inner, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.between(self.inner(self.first(x))))
+
+
+@block("image", "tokens", "vector")
+def twice(draw: Draw, signal: Signal) -> Made:
+    """A shared layer reads its own features, and those of another layer or raw ones."""
+    first = layer(draw, signal, signal.channels)[0] if draw.flag() else nn.Identity()
+    between = any_block(draw, signal, ("norm", "activation"))[0]
+    return Twice(layer(draw, signal, signal.channels)[0], between, first), signal
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Autoencoder(nn.Module):
+    """A layer and its transpose."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(channels, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(self.encoder(x)), self.encoder.weight.t())
+
+
+@block("image", "tokens", "vector")
+def tied(draw: Draw, signal: Signal) -> Made:
+    channels, spatial = signal.channels, len(signal.spatial)
+    if signal.kind == "image":
+        pair = (CONV[spatial](channels, channels, 3, padding=1) for _ in range(2))
+    elif draw.flag():
+        draw.note("tied:transpose")
+        return Autoencoder(channels, draw.channels()), signal
+    else:
+        pair = (nn.Linear(channels, channels) for _ in range(2))
+    return Tied(*pair), signal
+
+
+class ScaleShift(nn.Module):
+    """Multiplies by one raw parameter and adds another."""
+
+    def __init__(self, scale: Tensor, shift: Tensor, order: str) -> None:
+        super().__init__()
+        self.scale, self.shift, self.order = nn.Parameter(scale), nn.Parameter(shift), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "fused":
+            return torch.addcmul(self.shift, x, self.scale)
+        return x * self.scale + self.shift if self.order == "scale first" else self.scale * (x + self.shift)
+
+
+@block("image", "tokens", "vector")
+def scale_shift(draw: Draw, signal: Signal) -> Made:
+    """Raw parameters: along the channels, over channels and positions, or a scalar."""
+
+    def parameter() -> Tensor:
+        shape = draw.one_of("channels", "everything", "scalar", "leading one")
+        draw.note(f"parameter:{shape}")
+        if shape == "scalar":
+            return torch.randn(1)
+        return torch.randn(signal.shape) if shape == "everything" else (
+            parameter_along(signal) if shape == "channels" else parameter_along(signal).unsqueeze(0)
+        )
+
+    return ScaleShift(parameter(), parameter(), draw.one_of("scale first", "shift first", "fused")), signal
+
+
+class MaxOut(nn.Module):
+    """The larger of each pair of channels, or their sum."""
+
+    def __init__(self, inner: nn.Module, dim: int, outer: bool, total: bool) -> None:
+        super().__init__()
+        self.inner, self.dim, self.outer, self.total = inner, dim, outer, total
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.inner(x).unflatten(self.dim, (2, -1) if self.outer else (-1, 2))
+        paired = self.dim - 1 if self.outer else self.dim
+        return pairs.sum(paired) if self.total else pairs.amax(paired)
+
+
+@block("image", "tokens", "vector")
+def maxout(draw: Draw, signal: Signal) -> Made:
+    out = signal.wide(draw.one_of(4, 8))
+    return MaxOut(body(draw, signal, 2 * out.channels), signal.channel_dim, draw.flag(), draw.flag()), out
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+@block("image")
+def strided(draw: Draw, signal: Signal) -> Made:
+    """A convolution with stride."""
+    if min(signal.spatial) < 4:
+        return stage(draw, signal)
+    out, spatial = draw.channels(), len(signal.spatial)
+    groups = draw.divisor(4, signal.channels, out)
+    conv = CONV[spatial](signal.channels, out, 3, stride=2, padding=1, groups=groups, bias=draw.flag())
+    return conv, image(out, *((n + 1) // 2 for n in signal.spatial))
+
+
+@block("image")
+def upsampled(draw: Draw, signal: Signal) -> Made:
+    """A transposed convolution with stride, or interpolation."""
+    if max(signal.spatial) > 4 or len(signal.spatial) == 3:
+        return stage(draw, signal)
+    spatial = len(signal.spatial)
+    larger = tuple(2 * n for n in signal.spatial)
+    if draw.flag():
+        mode = draw.one_of("nearest", "linear" if spatial == 1 else "bilinear")
+        return nn.Upsample(scale_factor=2, mode=mode), image(signal.channels, *larger)
+    out = draw.channels()
+    groups = draw.divisor(4, signal.channels, out)
+    return CONV_TRANSPOSE[spatial](signal.channels, out, 2, stride=2, groups=groups), image(out, *larger)
+
+
+@block("image")
+def pooled(draw: Draw, signal: Signal) -> Made:
+    spatial = len(signal.spatial)
+    if min(signal.spatial) < 4:
+        return stage(draw, signal)
+    if draw.flag():
+        kind = draw.one_of(ADAPTIVE_AVG, ADAPTIVE_MAX)
+        return kind[spatial](3), image(signal.channels, *(3,) * spatial)
+    kind = draw.one_of(MAX_POOL, AVG_POOL)
+    return kind[spatial](2), image(signal.channels, *(n // 2 for n in signal.spatial))
+
+
+@block("image")
+def shuffled(draw: Draw, signal: Signal) -> Made:
+    """Channels and positions change places."""
+    channels, edges = signal.channels, signal.spatial
+    kind = draw.one_of("channels", "down", "up", "roll", "flip")
+    draw.note(f"shuffle:{kind}")
+    if len(edges) == 2 and kind == "up" and channels % 4 == 0 and channels > 4 and max(edges) <= 4:
+        return nn.PixelShuffle(2), image(channels // 4, 2 * edges[0], 2 * edges[1])
+    if len(edges) == 2 and kind == "down" and channels <= 4 and edges[0] % 2 == edges[1] % 2 == 0 and min(edges) > 2:
+        return nn.PixelUnshuffle(2), image(4 * channels, edges[0] // 2, edges[1] // 2)
+    if kind == "channels" and channels % 2 == 0:
+        return nn.ChannelShuffle(2), signal
+    name = "roll" if kind == "roll" else "flip"
+    move = (lambda x: torch.roll(x, 1, -1)) if kind == "roll" else (lambda x: x.flip(-1))
+    return Function(name, move), signal
+
+
+@block("image")
+def padded(draw: Draw, signal: Signal) -> Made:
+    """More channels, of zeros or of something else; or borders."""
+    spatial = len(signal.spatial)
+    value = draw.one_of(0.0, 0.0, 1.0)
+    padding = (0, 0) * spatial + (draw.one_of(0, 2), 2)
+    out = signal.wide(signal.channels + sum(padding))
+    return Function(f"pad {padding} with {value}", lambda x: F.pad(x, padding, value=value)), out
+
+
+class PositionMixer(nn.Module):
+    """A linear layer over positions, the channels being left alone."""
+
+    def __init__(self, positions: int, tokens: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(positions, positions)
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tokens:
+            return x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        return self.mix(x.flatten(2)).view(x.shape)
+
+
+@block("image", "tokens")
+def position_mixer(draw: Draw, signal: Signal) -> Made:
+    return PositionMixer(math.prod(signal.spatial), signal.kind == "tokens"), signal
+
+
+class ToTokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+@block("image")
+def to_tokens(draw: Draw, signal: Signal) -> Made:
+    length = math.prod(signal.spatial)
+    if length > 32:
+        return strided(draw, signal)
+    return ToTokens(), tokens(length, signal.channels)
+
+
+class ToImage(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], *self.shape)
+
+
+@block("vector")
+def to_image(draw: Draw, signal: Signal) -> Made:
+    """A layer, read as an image."""
+    out = image(4, 2, 2)
+    return nn.Sequential(layer(draw, signal, 16)[0], ToImage(out.shape)), out
+
+
+class Pooling(nn.Module):
+    def __init__(self, how: str, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.how, self.dims = how, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "flatten":
+            return x.flatten(1)
+        if self.how == "view":
+            return x.contiguous().view(x.size(0), -1)
+        return x.mean(self.dims) if self.how == "mean" else x.amax(self.dims)
+
+
+@block("image", "tokens")
+def to_vector(draw: Draw, signal: Signal) -> Made:
+    """Positions are averaged, or become channels."""
+    how = draw.one_of("flatten", "mean", "view", "amax")
+    draw.note(f"to_vector:{how}")
+    dims = (1,) if signal.kind == "tokens" else tuple(range(2, 2 + len(signal.spatial)))
+    size = signal.channels if how in ("mean", "amax") else math.prod(signal.shape)
+    return Pooling(how, dims), vector(size)
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Self-attention written by hand."""
+
+    def __init__(self, signal: Signal, heads: int, how: str, separate: bool, normed: bool, biased: bool) -> None:
+        super().__init__()
+        length, channels = signal.shape
+        self.heads, self.how = heads, how
+        self.separate = separate
+        if separate:
+            self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels, bias=False)
+            self.value = nn.Linear(channels, channels)
+        else:
+            self.qkv = nn.Linear(channels, 3 * channels)
+        self.normed = normed
+        if normed:
+            self.norm_q, self.norm_k = nn.LayerNorm(channels // heads), nn.LayerNorm(channels // heads)
+        self.bias = nn.Parameter(torch.randn(heads, length, length)) if biased else None
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        if self.separate:
+            q, k, v = (
+                m(x).view(b, n, self.heads, c // self.heads).transpose(1, 2) for m in (self.query, self.key, self.value)
+            )
+        else:
+            qkv = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+        if self.normed:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if self.how == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        else:
+            scores = q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5
+            if self.bias is not None:
+                scores = scores + self.bias
+            y = scores.softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+class TorchAttention(nn.Module):
+    """torch's own attention and recurrent modules, which return more than one thing."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.inner, nn.MultiheadAttention):
+            return self.inner(x, x, x, need_weights=False)[0]
+        return self.inner(x)[0]
+
+
+class PreNorm(nn.Module):
+    """The residual block of transformers."""
+
+    def __init__(self, signal: Signal, inner: nn.Module, normalization: nn.Module, scaled: bool) -> None:
+        super().__init__()
+        self.norm, self.inner = normalization, inner
+        self.scale = nn.Parameter(torch.randn(signal.channels)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(self.norm(x))
+        return x + (y if self.scale is None else y * self.scale)
+
+
+@block("tokens")
+def attention(draw: Draw, signal: Signal) -> Made:
+    heads = draw.one_of(1, 2)
+    kind = draw.one_of("handwritten", "handwritten", "handwritten", "torch")
+    draw.note(f"attention:{kind}")
+    if signal.channels % 2:
+        return stage(draw, signal)
+    if kind == "torch":
+        inner: nn.Module = TorchAttention(nn.MultiheadAttention(signal.channels, heads, batch_first=True))
+    else:
+        how = draw.one_of("sdpa", "matmul")
+        inner = Attention(signal, heads, how, separate=draw.flag(), normed=draw.flag(), biased=draw.flag())
+    normalization = draw.one_of(nn.LayerNorm, nn.RMSNorm)(signal.channels)
+    return PreNorm(signal, inner, _with_random_statistics(normalization), draw.flag()), signal
+
+
+@block("tokens")
+def feed_forward(draw: Draw, signal: Signal) -> Made:
+    hidden = draw.channels()
+    act = draw.one_of(nn.GELU, nn.ReLU, nn.SiLU)()
+    inner = nn.Sequential(nn.Linear(signal.channels, hidden), act, nn.Linear(hidden, signal.channels))
+    normalization = _with_random_statistics(nn.LayerNorm(signal.channels))
+    return PreNorm(signal, inner, normalization, draw.flag()), signal
+
+
+@block("tokens")
+def recurrent(draw: Draw, signal: Signal) -> Made:
+    kind = draw.one_of(nn.LSTM, nn.GRU, nn.RNN)
+    bidirectional = draw.flag()
+    inner = kind(signal.channels, 4, batch_first=True, bidirectional=bidirectional)
+    return TorchAttention(inner), signal.wide(8 if bidirectional else 4)
+
+
+class ClassToken(nn.Module):
+    """Puts a learned token before the others, and adds position embeddings."""
+
+    def __init__(self, signal: Signal, position: str) -> None:
+        super().__init__()
+        length, channels = signal.shape
+        self.token = nn.Parameter(torch.randn(1, 1, channels))
+        self.position = nn.Parameter(torch.randn(1, length + 1, channels)) if position == "parameter" else None
+        self.table = nn.Embedding(length + 1, channels) if position == "table" else None
+        self.register_buffer("places", torch.arange(length + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1)
+        if self.position is not None:
+            x = x + self.position
+        return x if self.table is None else x + self.table(self.places)
+
+
+class Place(nn.Module):
+    """One of the tokens."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.place]
+
+
+@block("tokens")
+def class_token(draw: Draw, signal: Signal) -> Made:
+    length, channels = signal.shape
+    return ClassToken(signal, draw.one_of("parameter", "table", "none")), tokens(length + 1, channels)
+
+
+@block("tokens")
+def one_token(draw: Draw, signal: Signal) -> Made:
+    return Place(draw.one_of(0, -1)), vector(signal.channels)
+
+
+@block("vector")
+def bilinear(draw: Draw, signal: Signal) -> Made:
+    class Squared(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.product = nn.Bilinear(channels, channels, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.product(x, x)
+
+    return (Squared(signal.channels), vector(4)) if signal.channels <= 16 else stage(draw, signal)
+
+
+#: Blocks that keep the kind of a signal and its positions, and so may stand inside others.
+SAME_POSITIONS = (
+    "norm", "activation", "noise", "stage", "residual", "padded_residual", "branches", "split", "gate",
+    "squeeze_excite", "twice", "tied", "scale_shift", "maxout", "position_mixer", "attention", "feed_forward",
+    "recurrent", "padded", "bilinear",
+)  # fmt: skip
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Front end, blocks, output layer."""
+
+    def __init__(self, front: nn.Module, blocks: nn.Module, head: nn.Module, name: str, quirk: str) -> None:
+        super().__init__()
+        self.front, self.name, self.quirk = front, name, quirk
+        self.add_module(name, blocks)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.front(x)
+        if self.quirk == "dropout":
+            x = F.dropout(x, 0.1, self.training)
+        if self.training and self.quirk == "training":
+            x = x * 0.9
+        features = self.get_submodule(self.name)(x)
+        y = self.head(features)
+        return {"logits": y, "features": features} if self.quirk == "features" else y
+
+
+class Conditioned(nn.Module):
+    """A network of two inputs: a vector scales and shifts the features of an image."""
+
+    def __init__(self, front: nn.Module, condition: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.front, self.condition, self.network = front, condition, network
+
+    def forward(self, x: Tensor, condition: Tensor) -> Any:
+        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
+        return self.network(self.front(x) * scale + shift)
+
+
+class TiedHead(nn.Module):
+    """Scores against the rows of an embedding."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.scores = nn.Linear(table.embedding_dim, table.num_embeddings, bias=False)
+        self.scores.weight = table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x)
+
+
+class DenseHead(nn.Module):
+    """A score at each position, then the mean."""
+
+    def __init__(self, scores: nn.Module, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scores, self.dims = scores, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x).mean(self.dims)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated network, what to call it with, and what is in it."""
+
+    net: nn.Module
+    shapes: tuple[tuple[int, ...], ...]
+    ids: bool
+    blocks: tuple[str, ...]
+    smallest_batch: int
+
+    def inputs(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random inputs for a batch of at least `smallest_batch`."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.ids:
+            return tuple(torch.randint(VOCABULARY, (batch, *shape), generator=generator) for shape in self.shapes)
+        return tuple(torch.randn(batch, *shape, generator=generator) for shape in self.shapes)
+
+    def __repr__(self) -> str:
+        return f"{self.net}\nfor inputs of shapes {self.shapes}"
+
+
+FRONTS = ("image1d", "image2d", "image3d", "patches", "ids", "vector", "conditioned")
+
+
+def generate(source: random.Random, front: str) -> Generated:
+    """A network with the given front end."""
+    draw = Draw(source)
+    seed = source.getrandbits(16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _generate(draw, front)
+
+
+def _generate(draw: Draw, front: str) -> Generated:
+    draw.note(f"front:{front}")
+    entry, shapes, signal = _front(draw, front)
+    parts: list[nn.Module] = []
+    for _ in range(draw.between(1, 4)):
+        part, signal = any_block(draw, signal)
+        parts.append(part)
+    name = draw.one_of("body", "masks", "task", "graph", "census")
+    quirk = draw.one_of("none", "dropout", "training", "features")
+    draw.note(f"quirk:{quirk}")
+    head = _head(draw, signal, entry)
+    conditioned = front == "conditioned"
+    net: nn.Module = Network(nn.Identity() if conditioned else entry, nn.Sequential(*parts), head, name, quirk)
+    if conditioned:
+        net = Conditioned(entry, nn.Linear(shapes[1][0], 2 * CHANNELS[1]), net)
+    return Generated(net, shapes, front == "ids", tuple(draw.blocks), draw.smallest_batch)
+
+
+def _front(draw: Draw, front: str) -> tuple[nn.Module, tuple[tuple[int, ...], ...], Signal]:
+    """A first layer, the shapes of the network's inputs, and the signal behind the layer."""
+    out = draw.channels()
+    if front.startswith("image"):
+        spatial = int(front[5])
+        edges = tuple(draw.one_of(*((4, 5) if spatial == 3 else (4, 6, 8))) for _ in range(spatial))
+        conv = CONV[spatial](3, out, 3, padding=1, bias=draw.flag())
+        return conv, ((3, *edges),), image(out, *edges)
+    if front == "patches":
+        shape = (3, 8, 8)
+        patches = nn.Sequential(nn.Conv2d(3, out, 4, stride=4), ToTokens())
+        if draw.flag():
+            return nn.Sequential(*patches, ClassToken(tokens(4, out), "parameter")), (shape,), tokens(5, out)
+        return patches, (shape,), tokens(4, out)
+    if front == "ids":
+        return nn.Embedding(VOCABULARY, out), ((5,),), tokens(5, out)
+    if front == "conditioned":
+        return nn.Conv2d(3, CHANNELS[1], 3, padding=1), ((3, 4, 4), (6,)), image(CHANNELS[1], 4, 4)
+    return nn.Linear(6, out), ((6,),), vector(out)
+
+
+def _head(draw: Draw, signal: Signal, entry: nn.Module) -> nn.Module:
+    kind = draw.one_of("linear", "linear", "functional", "dense", "two", "tied")
+    draw.note(f"head:{kind}")
+    spatial = len(signal.spatial)
+    if kind == "dense" and signal.kind == "tokens":
+        return DenseHead(nn.Linear(signal.channels, CLASSES), (1,))
+    if kind == "dense" and signal.kind == "image":
+        return DenseHead(CONV[spatial](signal.channels, CLASSES, 1), tuple(range(2, 2 + spatial)))
+    to_features: list[nn.Module] = []
+    if signal.kind != "vector":
+        pool, signal = to_vector(draw, signal)
+        to_features.append(pool)
+    if kind == "tied" and isinstance(entry, nn.Embedding):
+        back = nn.Linear(signal.channels, entry.embedding_dim)
+        return nn.Sequential(*to_features, back, TiedHead(entry))
+    if kind == "functional":
+        return nn.Sequential(*to_features, FunctionalLinear(signal.channels, CLASSES, draw.flag()))
+    linear = nn.Linear(signal.channels, CLASSES)
+    if kind == "two":
+        return nn.Sequential(*to_features, TwoHeads(linear, nn.Linear(signal.channels, 2)))
+    return nn.Sequential(*to_features, linear)
+
+
+def networks(front: str) -> st.SearchStrategy[Generated]:
+    """Networks with the given front end."""
+    return st.randoms(use_true_random=False).map(lambda source: generate(source, front))

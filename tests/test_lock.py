@@ -1,0 +1,695 @@
+"""Equation 2, and that no optimizer gets around it."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn, optim
+from torch.nn import functional as F
+from torch.optim import optimizer as torch_optimizer
+
+from hatify import HatError, HatWarning, hatify, verify_isolation
+from hatify.lock import locked_entries
+from hatify.slots import Use
+
+# Masks are drawn at random here, without regard to capacity.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(no feature is left|every feature off):hatify.HatWarning")
+
+INPUTS, TASKS = 5, 3
+
+
+def make_net():
+    """Convolution, batch norm, layer norm, a raw parameter and a residual stream."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(2, 6, 3, padding=1)
+            self.bn = nn.BatchNorm1d(6)
+            self.position = nn.Parameter(torch.randn(1, INPUTS, 6))
+            self.norm = nn.LayerNorm(6)
+            self.up = nn.Linear(6, 8)
+            self.down = nn.Linear(8, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.bn(self.conv(x)).relu().transpose(1, 2) + self.position
+            x = x + self.down(F.gelu(self.up(self.norm(x))))
+            return self.head(x.mean(1))
+
+    return Net()
+
+
+def make_model(net=None, tasks=TASKS):
+    # A small s_max keeps the embeddings from leaving their signs within the few steps of a test.
+    return hatify(net or make_net(), tasks, (torch.randn(2, 2, INPUTS),), s_max=5.0)
+
+
+def set_masks(model, task, seed=None):
+    """Turn about half of the features of a task on."""
+    generator = torch.Generator().manual_seed(task if seed is None else seed)
+    with torch.no_grad():
+        e = model.task_state.embeddings[task]
+        e.copy_(torch.randn(e.shape, generator=generator))
+
+
+def batch(task, step=0):
+    generator = torch.Generator().manual_seed(100 * task + step)
+    return torch.randn(8, 2, INPUTS, generator=generator), torch.randint(2, (8,), generator=generator)
+
+
+def loss_of(model, task, step=0):
+    x, y = batch(task, step)
+    return F.cross_entropy(model(x), y) + 0.5 * model.regularization()
+
+
+def train(model, task, optimizer, steps=3):
+    """An ordinary training loop; the closure serves LBFGS and is what the others call before a step as well."""
+    model.begin_task(task)
+    set_masks(model, task)
+    for step in range(steps):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = loss_of(model, task, step)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    model.end_task()
+
+
+@torch.no_grad()
+def outputs(model, task):
+    """What a task answers, in evaluation mode."""
+    x, _ = batch(99)
+    with model.task(task):
+        return model(x)
+
+
+def finished_model(optimizer=None):
+    """A model with task 0 finished."""
+    model = make_model()
+    train(model, 0, optimizer or optim.SGD(model.parameters(), lr=0.1))
+    return model
+
+
+# Equation 2 -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def layers(draw):
+    """Output and input masks of each task: lists of bools, (tasks, O) and (tasks, I)."""
+    o, i, t = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    bits = st.lists(st.booleans(), min_size=o + i, max_size=o + i)
+    rows = draw(st.lists(bits, min_size=t, max_size=t))
+    return [row[:o] for row in rows], [row[o:] for row in rows]
+
+
+def lock_of(written, read):
+    """The locked entries of a linear layer whose output features are slots 0 … O − 1, its inputs the slots after."""
+    o, i = len(written[0]), len(read[0])
+    use = Use(torch.arange(o).view(o, 1, 1), torch.arange(o, o + i).view(1, i, 1))
+    masks = torch.tensor([w + r for w, r in zip(written, read, strict=True)])
+    return locked_entries([use], masks, torch.Size((o, i)))
+
+
+@given(layers())
+def test_an_entry_is_locked_where_one_task_has_both_of_its_features_on(masks):
+    written, read = masks
+    expected = [
+        [any(w[o] and r[i] for w, r in zip(written, read, strict=True)) for i in range(len(read[0]))]
+        for o in range(len(written[0]))
+    ]
+    assert lock_of(written, read).tolist() == expected
+
+
+@given(layers())
+def test_no_more_is_locked_than_by_equation_2_as_printed(masks):
+    written, read = masks
+    out, inp = torch.tensor(written).any(0), torch.tensor(read).any(0)
+    printed = torch.minimum(out.unsqueeze(1).int(), inp.unsqueeze(0).int()).bool()
+    assert not (lock_of(written, read) & ~printed).any()
+
+
+def test_entries_between_features_of_different_tasks_stay_free():
+    # Task 0 has output 0 and input 0 on, task 1 output 1 and input 1. Equation 2 as printed locks all four.
+    assert lock_of([[True, False], [False, True]], [[True, False], [False, True]]).tolist() == [
+        [True, False],
+        [False, True],
+    ]
+
+
+def test_a_feature_with_several_slots_is_on_where_one_of_them_is():
+    use = Use(torch.tensor([[[0, 1]], [[2, 2]]]), None)
+    assert locked_entries([use], torch.tensor([[False, True, False]]), torch.Size((2, 3))).tolist() == [
+        [True] * 3,
+        [False] * 3,
+    ]
+
+
+def test_the_lock_of_a_tied_parameter_is_the_union_over_its_uses():
+    uses = [Use(torch.tensor([[0], [1]]), None), Use(torch.tensor([[1], [2]]), None)]
+    assert locked_entries(uses, torch.tensor([[False, False, True]]), torch.Size((2,))).tolist() == [False, True]
+
+
+def test_the_always_on_slot_is_locked_by_any_finished_task():
+    use = Use(torch.tensor([[2], [0]]), None)
+    assert locked_entries([use], torch.tensor([[False, False]]), torch.Size((2,))).tolist() == [True, False]
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def locks(model, finished):
+    """The entries of each shared parameter that finished tasks own, by their binary masks."""
+    masks = torch.stack([model.task_state.finished_masks[t] for t in finished])
+    parameters = dict(model.named_parameters())
+    return {name: locked_entries(uses, masks, parameters[name].shape) for name, uses in model.uses.items()}
+
+
+def assert_locked_gradients_are_zero(model, finished):
+    some = False
+    for name, lock in locks(model, finished).items():
+        grad = model.get_parameter(name).grad
+        if grad is not None:
+            assert (grad[lock] == 0).all(), name
+            some |= bool((grad[~lock] != 0).any())
+    assert some
+
+
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_gradients_of_locked_entries_are_exactly_zero(backwards):
+    model = finished_model()
+    model.begin_task(1)
+    for step in range(backwards):
+        loss_of(model, 1, step).backward()
+    assert_locked_gradients_are_zero(model, [0])
+
+
+def test_parameters_of_finished_tasks_get_no_gradient():
+    model = finished_model()
+    model.begin_task(1)
+    loss_of(model, 1).backward()
+    assert all(p.grad is None for p in model.get_submodule("head")[0].parameters())
+    assert all(p.grad is not None for p in model.get_submodule("head")[1].parameters())
+
+
+def test_nothing_is_locked_while_no_task_is_finished():
+    model = make_model()
+    model.begin_task(0)
+    loss_of(model, 0).backward()
+    assert all((p.grad != 0).any() for name, p in model.named_parameters() if name in model.uses)
+
+
+# Optimizers -----------------------------------------------------------------------------------------------------------
+
+
+def variants():
+    """(name, options) for every optimizer in torch.optim that takes dense gradients of any shape."""
+    heavy = {"lr": 0.1, "weight_decay": 0.1}
+    plain = {
+        "SGD": {**heavy, "momentum": 0.9, "nesterov": True},
+        "Adam": {**heavy, "amsgrad": True},
+        "AdamW": heavy,
+        "NAdam": heavy,
+        "RAdam": heavy,
+        "Adamax": heavy,
+        "Adadelta": {**heavy, "lr": 10.0},
+        "Adagrad": heavy,
+        "RMSprop": {**heavy, "momentum": 0.9, "centered": True},
+        "ASGD": heavy,
+        "Rprop": {"lr": 0.1},
+        "Adafactor": heavy,
+    }
+    fused = ("SGD", "Adam", "AdamW", "Adagrad")
+    for name, options in plain.items():
+        yield name, options
+        yield name, {**options, "foreach": True}
+        if name in fused:
+            # torch's fused SGD cannot begin the momentum of some parameters later than that of others.
+            yield name, {**options, "fused": True} | ({"momentum": 0, "nesterov": False} if name == "SGD" else {})
+    yield "LBFGS", {"lr": 0.5, "max_iter": 4}
+    yield "LBFGS", {"lr": 0.5, "max_iter": 4, "line_search_fn": "strong_wolfe"}
+
+
+def identifier(value):
+    if isinstance(value, str):
+        return value
+    return "-".join(k for k in ("foreach", "fused", "line_search_fn") if k in value) or "default"
+
+
+def test_every_optimizer_of_torch_is_tried():
+    names = {n for n, c in vars(optim).items() if isinstance(c, type) and issubclass(c, optim.Optimizer)}
+    assert names - {"Optimizer"} == {name for name, _ in variants()} | {"Muon", "SparseAdam"}
+
+
+@pytest.mark.parametrize(("name", "options"), list(variants()), ids=identifier)
+def test_one_optimizer_kept_across_tasks_moves_nothing_that_is_finished(name, options):
+    model = make_model()
+    optimizer = getattr(optim, name)(model.parameters(), **options)
+    answers = {}
+    for task in range(TASKS):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        train(model, task, optimizer)
+        moved = [n for n, p in model.named_parameters() if n in model.uses and not torch.equal(p, before[n])]
+        assert moved, "the task learned nothing, so the test shows nothing"
+        for earlier, expected in answers.items():
+            assert torch.equal(outputs(model, earlier), expected)
+        answers[task] = outputs(model, task)
+    verify_isolation(model)
+
+
+def test_fused_sgd_with_momentum_moves_nothing_that_is_finished():
+    model = finished_model()
+    expected, before = outputs(model, 0), model.get_parameter("up.weight").detach().clone()
+    train(model, 1, optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, fused=True))
+    assert not torch.equal(model.get_parameter("up.weight"), before)
+    assert torch.equal(outputs(model, 0), expected)
+
+
+def test_muon_moves_nothing_that_is_finished():
+    net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    model = hatify(net, 2)
+    matrices = [model.get_parameter("0.weight"), model.get_parameter("2.weight")]
+    optimizer = optim.Muon(matrices, lr=0.1, weight_decay=0.1)
+    x, answers = torch.randn(8, 4), []
+    for task in range(2):
+        before = [m.detach().clone() for m in matrices]
+        model.begin_task(task)
+        set_masks(model, task)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        model.end_task()
+        assert not any(torch.equal(a, b) for a, b in zip(before, matrices, strict=True))
+        with model.task(0):
+            answers.append(model(x))
+    assert torch.equal(*answers)
+
+
+def test_sparse_adam_moves_no_locked_entry_of_an_embedding():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(10, 6, sparse=True)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.words(x).mean(1))
+
+    x = torch.arange(10).view(5, 2)
+    model = hatify(Words(), 2, (x,))
+    weight = model.get_parameter("words.weight")
+    optimizer, answers = optim.SparseAdam([weight], lr=0.1), []
+    for task in range(2):
+        before = weight.detach().clone()
+        model.begin_task(task)
+        set_masks(model, task)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            assert weight.grad.is_sparse
+            optimizer.step()
+        model.end_task()
+        assert not torch.equal(weight, before)
+        with model.task(0):
+            answers.append(model(x))
+    assert torch.equal(*answers)
+    verify_isolation(model)
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_an_optimizer_may_be_made_before_or_after_the_task_is_begun(made):
+    model = finished_model()
+    expected = outputs(model, 0)
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5) if made == "before" else None
+    model.begin_task(1)
+    optimizer = optimizer or optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    model.end_task()
+    assert torch.equal(outputs(model, 0), expected)
+
+
+def test_weight_decay_does_move_locked_weights_where_nothing_guards_them():
+    # What the guard is for: on the bare network the same loop moves weights whose gradient is zero.
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.zeros(2)
+    optim.AdamW([weight], lr=0.1, weight_decay=0.5).step()
+    assert (weight != 1).all()
+
+
+# Ways of training -----------------------------------------------------------------------------------------------------
+
+
+def clipped(model, optimizer):
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+
+
+def clipped_by_value(model, optimizer):
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    optimizer.step()
+
+
+def accumulated(model, optimizer):
+    optimizer.zero_grad()
+    for step in range(3):
+        loss_of(model, 1, step).backward()
+    optimizer.step()
+
+
+def zeroed_in_place(model, optimizer):
+    optimizer.zero_grad(set_to_none=False)
+    loss_of(model, 1).backward()
+    optimizer.step()
+
+
+def never_zeroed(model, optimizer):
+    loss_of(model, 1).backward()
+    optimizer.step()
+
+
+def in_bfloat16(model, optimizer):
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, 1)
+    loss.backward()
+    optimizer.step()
+
+
+def with_gradient_scaler(model, optimizer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, 1)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def with_gradients_made_up(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def with_the_gradient_of_autograd(model, optimizer):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss_of(model, 1), parameters, allow_unused=True)
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        clipped,
+        clipped_by_value,
+        accumulated,
+        zeroed_in_place,
+        never_zeroed,
+        in_bfloat16,
+        with_gradient_scaler,
+        with_gradients_made_up,
+        with_the_gradient_of_autograd,
+    ],
+    ids=lambda step: step.__name__,
+)
+def test_finished_tasks_stay_however_the_step_is_made(step):
+    model = finished_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    expected, before = outputs(model, 0), model.get_parameter("up.weight").detach().clone()
+    model.begin_task(1)
+    set_masks(model, 1)
+    for _ in range(3):
+        step(model, optimizer)
+    assert not torch.equal(model.get_parameter("up.weight"), before)
+    model.end_task()
+    assert torch.equal(outputs(model, 0), expected)
+    verify_isolation(model)
+
+
+def test_finished_tasks_answer_the_same_under_autocast_too():
+    model = finished_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outputs(model, 0)
+    train(model, 1, optim.AdamW(model.parameters(), lr=0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(outputs(model, 0), expected)
+
+
+def test_finished_tasks_can_be_asked_between_two_steps():
+    model = finished_model()
+    expected = outputs(model, 0)
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    model.begin_task(1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, 1, step).backward()
+        optimizer.step()
+        model.eval()
+        assert torch.equal(outputs(model, 0), expected)
+        model.train()
+
+
+def assert_locked_entries_are(model, weights, finished):
+    for name, lock in locks(model, finished).items():
+        assert torch.equal(model.get_parameter(name)[lock], weights[name][lock]), name
+
+
+def test_a_step_to_nan_by_an_optimizer_of_the_weights_alone_moves_no_locked_entry():
+    model = finished_model()
+    weights = {name: model.get_parameter(name).detach().clone() for name in model.uses}
+    optimizer = optim.SGD([model.get_parameter(name) for name in weights], lr=0.1)
+    model.begin_task(1)
+    for name in weights:
+        model.get_parameter(name).grad = torch.full_like(weights[name], torch.nan)
+    optimizer.step()
+    assert model.get_parameter("up.weight").isnan().any()
+    assert_locked_entries_are(model, weights, [0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_training_that_diverges_moves_nothing_that_is_finished(value):
+    model = finished_model()
+    expected = outputs(model, 0)
+    weights = {name: model.get_parameter(name).detach().clone() for name in model.uses}
+    optimizer = optim.AdamW(model.parameters(), lr=0.1)
+    model.begin_task(1)
+    set_masks(model, 1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (loss_of(model, 1) * value).backward()
+        optimizer.step()
+    assert model.get_parameter("up.weight").isnan().any()
+    assert_locked_entries_are(model, weights, [0])
+    with pytest.raises(HatError, match="abort_task"):
+        model.end_task()
+    model.abort_task()
+    assert torch.equal(outputs(model, 0), expected)
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+def tampered(change):
+    """Open task 1 with task 0 finished, change the model by hand, end the task; the outputs before and after."""
+    model = finished_model()
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    with torch.no_grad():
+        change(model)
+    with pytest.warns(HatWarning, match=r"finished tasks own.*put back"):
+        model.end_task()
+    return outputs(model, 0), expected
+
+
+def add_to_a_weight(model):
+    model.get_parameter("up.weight").add_(1.0)
+
+
+def add_to_data(model):
+    model.get_parameter("up.weight").data.add_(1.0)
+
+
+def replace_data(model):
+    weight = model.get_parameter("up.weight")
+    weight.data = torch.zeros_like(weight)
+
+
+def change_the_head_of_another_task(model):
+    model.get_parameter("head.0.weight").add_(1.0)
+
+
+def change_statistics_of_another_task(model):
+    model.get_submodule("bn")[0].running_mean.add_(1.0)
+
+
+def change_the_embedding_of_another_task(model):
+    model.task_state.embeddings[0].neg_()
+
+
+def change_a_raw_parameter(model):
+    model.get_parameter("position").add_(1.0)
+
+
+def make_weights_not_finite(model):
+    lock = locks(model, [0])["up.weight"]
+    model.get_parameter("up.weight")[lock] = torch.nan
+
+
+def load_other_weights(model):
+    state = {k: v + 1 if torch.is_tensor(v) and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_to_a_weight,
+        add_to_data,
+        replace_data,
+        change_the_head_of_another_task,
+        change_statistics_of_another_task,
+        change_the_embedding_of_another_task,
+        change_a_raw_parameter,
+        make_weights_not_finite,
+        load_other_weights,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_a_change_by_hand_is_undone_with_a_warning_when_the_task_ends(change):
+    after, expected = tampered(change)
+    assert torch.equal(after, expected)
+
+
+def test_the_warning_names_the_parameter_and_counts_the_entries():
+    model = finished_model()
+    lock = locks(model, [0])["down.weight"]
+    model.begin_task(1)
+    with torch.no_grad():
+        model.get_parameter("down.weight").add_(1.0)
+    with pytest.warns(HatWarning, match=rf"^down\.weight: {int(lock.sum())} entries"):
+        model.end_task()
+
+
+def test_changes_to_free_entries_are_the_users_right():
+    model = finished_model()
+    free = ~locks(model, [0])["up.weight"]
+    model.begin_task(1)
+    with torch.no_grad():
+        model.get_parameter("up.weight")[free] = 7.0
+    model.end_task()
+    assert (model.get_parameter("up.weight")[free] == 7.0).all()
+
+
+def test_no_warning_without_a_change(recwarn):
+    model = finished_model()
+    train(model, 1, optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5))
+    assert not [w for w in recwarn if "put back" in str(w.message)]
+
+
+def test_a_step_after_the_task_has_ended_moves_nothing():
+    model = make_model()
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    train(model, 0, optimizer)
+    expected = outputs(model, 0)
+    optimizer.step()
+    assert torch.equal(outputs(model, 0), expected)
+
+
+# Hooks ----------------------------------------------------------------------------------------------------------------
+
+
+def global_hooks():
+    return len(torch_optimizer._global_optimizer_post_hooks)
+
+
+@pytest.fixture
+def hooks_before():
+    """How many global hooks there are, without those of earlier tests' models."""
+    gc.collect()
+    return global_hooks()
+
+
+def test_no_hook_outlives_the_task(hooks_before):
+    model = finished_model()
+    assert global_hooks() == hooks_before
+    model.begin_task(1)
+    assert global_hooks() == hooks_before + 1
+    model.abort_task()
+    assert global_hooks() == hooks_before
+    for parameter in model.parameters():
+        assert not parameter._post_accumulate_grad_hooks
+
+
+def test_no_hook_outlives_its_model(hooks_before):
+    model = finished_model()
+    model.begin_task(1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert global_hooks() == hooks_before
+    optimizer.step()
+
+
+def test_a_model_is_collected_in_every_state(hooks_before):
+    models = [make_model(), finished_model(), copy.deepcopy(finished_model())]
+    open_ = finished_model()
+    open_.begin_task(1)
+    models += [open_, copy.deepcopy(open_)]
+    alive = [weakref.ref(model) for model in models]
+    del models, open_
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+    assert global_hooks() == hooks_before
+
+
+def test_an_optimizer_of_something_else_is_left_alone():
+    model = finished_model()
+    model.begin_task(1)
+    weight = model.get_parameter("up.weight")
+    with torch.no_grad():
+        weight.add_(1.0)
+    changed = weight.detach().clone()
+    other = nn.Linear(2, 2)
+    other(torch.randn(3, 2)).sum().backward()
+    optim.SGD(other.parameters(), lr=0.1).step()
+    assert torch.equal(weight, changed)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_models_side_by_side_keep_out_of_each_others_way(together):
+    models = [finished_model(), finished_model()]
+    expected = [outputs(model, 0) for model in models]
+    parameters = [list(model.parameters()) for model in models]
+    groups = [sum(parameters, [])] if together else parameters
+    optimizers = [optim.AdamW(group, lr=0.1, weight_decay=0.5) for group in groups]
+    for model in models:
+        model.begin_task(1)
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(loss_of(model, 1, step) for model in models).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    models[0].end_task()
+    models[1].abort_task()
+    for model, answer in zip(models, expected, strict=True):
+        assert torch.equal(outputs(model, 0), answer)
+    verify_isolation(models[0])
