@@ -21,8 +21,8 @@ from hatify.rules.registry import RULES
 
 #: Operations between an output layer and the output that make no features: besides data movement.
 _OUTPUT_ACTIVATIONS = {
-    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "sum", "dropout", "div", "truediv", "mul", "add",
-    "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
+    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "sum", "dropout", "div", "truediv",
+    "mul", "add", "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def classify(
         ConversionError: `heads` or `overrides` name something that is not there or a policy that cannot hold.
     """
     called = {str(n.target): net.get_submodule(str(n.target)) for g in graphs for n in g.nodes if n.op == "call_module"}
-    owning = {path: m for path, m in called.items() if _has_state(m)}
+    owning = {path: m for path, m in called.items() if _has_state(m) or (is_known(m) and not is_altered(m))}
     policies = {path: _by_type(m) for path, m in owning.items()}
     for path, override in overrides.items():
         policies.update(_override(path, override, called, owning))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hatify.classify import classify, detached_copy
 from hatify.errors import ConversionError
-from hatify.examples import infer_example_inputs
+from hatify.examples import infer_example_inputs, refusals_named
 from hatify.model import HatModel
 from hatify.nn.state import TaskState
 from hatify.plan import make_plan
@@ -66,9 +66,10 @@ def hatify(
     net = detached_copy(net)
     inputs = _example_inputs(net, example_inputs)
     overrides = dict(policies or {})
-    traced = trace(net, inputs, frozenset(overrides))
-    classification = classify(net, traced.graphs, heads, overrides)
-    space, findings = analyse(net, traced.graphs, inputs, classification, couple)
+    with refusals_named(net, inputs):
+        traced = trace(net, inputs, frozenset(overrides))
+        classification = classify(net, traced.graphs, heads, overrides)
+        space, findings = analyse(net, traced.graphs, inputs, classification, couple)
     plan = make_plan(net, traced.graphs, classification, space, findings)
     if classes is not None and Policy.HEAD not in plan.modules.values():
         raise ConversionError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hatify.errors import ConversionError
 from hatify.support import buffers_restored
@@ -35,7 +37,7 @@ def infer_example_inputs(net: nn.Module) -> tuple[torch.Tensor, ...]:
         )
     tried = []
     for example in _candidates(net):
-        if _accepts(net, example):
+        if refusal_of(net, (example,)) is None:
             return (example,)
         tried.append(tuple(example.shape))
     found = f"inputs of shape {', '.join(map(str, tried))} were refused" if tried else "no layer tells its input size"
@@ -82,16 +84,32 @@ def _timm_sizes(net: nn.Module, size: tuple[int, ...], noise: Any) -> Iterator[t
     yield noise(*size)
 
 
-def _accepts(net: nn.Module, example: torch.Tensor) -> bool:
+@contextmanager
+def refusals_named(net: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Iterator[None]:
+    """If the context fails because `net` itself does not accept `inputs`, say so."""
+    try:
+        yield
+    except Exception as error:
+        refusal = refusal_of(net, inputs)
+        if refusal is None:
+            raise
+        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
+        raise ConversionError(
+            f"{type(net).__name__} does not accept the example inputs, of shape {shapes}: {refusal}"
+        ) from error
+
+
+def refusal_of(net: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Exception | None:
+    """What `net` raises when it is called with `inputs` in evaluation mode; None if it answers."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
         with buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            net(example)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-        return False
+            _ = net(**inputs) if isinstance(inputs, dict) else net(*inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        return error
     else:
-        return True
+        return None
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -13,6 +13,7 @@ from hatify.classify import Classification, is_altered
 from hatify.labels import LabelSpace
 from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
+from hatify.rules.movement import found_to_move
 from hatify.rules.registry import Call, Findings, Labels, constant_labels, scalar_label
 
 
@@ -79,7 +80,10 @@ class SupportInterpreter(fx.Interpreter):
             return module_labels(call, self.modules[str(node.target)][0])
         known = module is None or not is_altered(module)
         rule = RULES.get(type(module) if module is not None else node.target) if known else None
-        return rule(call) if rule is not None else like_input(call)
+        if rule is not None:
+            return rule(call)
+        moved = found_to_move(call)
+        return like_input(call) if moved is None else moved
 
     def _labels_of(self, argument: Any) -> Labels:
         """Labels of a graph's argument: a node, a number, or a container of these."""
@@ -146,7 +150,7 @@ def buffers_restored(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, buffer, value in saved:
-            module._buffers[name] = None if buffer is None else buffer.copy_(value)
+            module._buffers[name] = buffer if buffer is None or value is None else buffer.copy_(value)
 
 
 def positional(graph: fx.Graph, example_inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, ...]:

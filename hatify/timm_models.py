@@ -217,7 +217,8 @@ def register_all() -> None:
     """
     for name in list_models():
         if not name.startswith(PREFIX) and not is_model(PREFIX + name):
-            default_cfgs[PREFIX + name] = _weights_of(name)
+            if weights := get_arch_pretrained_cfgs(name):
+                default_cfgs[PREFIX + name] = _by_tag(weights.values())
             register_model(EntryPoint(name))
     register_model_deprecations(
         __name__,
@@ -229,9 +230,9 @@ def register_all() -> None:
     )
 
 
-def _weights_of(name: str) -> DefaultCfg:
-    """The pretrained weights of a timm model, the default first."""
-    tagged = {cfg.tag or "": cfg for cfg in get_arch_pretrained_cfgs(name).values()}
+def _by_tag(weights: Iterable[Any]) -> DefaultCfg:
+    """The pretrained weights of one model, the default first, as `register_model` wants them."""
+    tagged = {cfg.tag or "": cfg for cfg in weights}
     return DefaultCfg(deque(tagged), tagged, any(cfg.has_weights for cfg in tagged.values()))
 
 

@@ -57,12 +57,17 @@ class HatTracer(fx.Tracer):
     """An ``fx.Tracer`` that keeps whole what must not be opened, and knows where it is when tracing fails.
 
     Leaves are torch's own modules (but not containers), subclasses of weighted and normalising layers,
-    parametrised modules, modules without children whose ``forward`` looks at ``self.training``, timm's ``notrace``
-    registrations, and the modules named in `leaves`.
+    parametrised modules, modules without children whose ``forward`` looks at ``self.training``, modules of the types
+    in `leaf_types`, and the modules named in `leaves`.
     """
 
-    def __init__(self, leaves: frozenset[str], proxy_buffers: bool) -> None:
-        leaf_types, functions = _timm_registrations()
+    def __init__(
+        self,
+        leaves: frozenset[str],
+        leaf_types: tuple[type[nn.Module], ...],
+        functions: tuple[Callable[..., Any], ...],
+        proxy_buffers: bool,
+    ) -> None:
         super().__init__(autowrap_functions=functions)
         self.proxy_buffer_attributes = proxy_buffers
         self.leaves = leaves
@@ -195,9 +200,29 @@ def _trace_once(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str]
 
 
 def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool) -> fx.Graph:
-    tracer = HatTracer(leaves, proxy_buffers)
+    """Trace once, keeping whole those of timm's ``notrace`` modules that indeed cannot be traced.
+
+    timm registers some modules for reasons that have gone since, and a module that is kept whole shares nothing between
+    tasks; so each type is opened first, and closed where that fails.
+    """
+    notrace, functions = _timm_registrations()
+    closed: set[type[nn.Module]] = set()
+    while True:
+        tracer = HatTracer(leaves, tuple(closed), functions, proxy_buffers)
+        try:
+            return _trace_with(tracer, net, concrete)
+        except ConversionError:
+            path = tracer.innermost.split(".")
+            around = {type(net.get_submodule(".".join(path[:n]))) for n in range(1, len(path) + 1)}
+            to_close = around & set(notrace) - closed
+            if not to_close:
+                raise
+            closed |= to_close
+
+
+def _trace_with(tracer: HatTracer, net: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
     try:
-        with _buffers_kept(net):
+        with _buffers_kept(net, tracer):
             graph = tracer.trace(net, concrete_args=concrete)
     except ConversionError:
         raise
@@ -221,7 +246,7 @@ def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[
 
 
 @contextmanager
-def _buffers_kept(net: nn.Module) -> Iterator[None]:
+def _buffers_kept(net: nn.Module, tracer: HatTracer) -> Iterator[None]:
     """Refuse a ``forward`` that assigns to a buffer: tracing would lose the assignment, or carry it out."""
     kept = {path: (module, dict(module._buffers)) for path, module in net.named_modules()}
     versions = {id(b): b._version for b in net.buffers()}
@@ -237,6 +262,7 @@ def _buffers_kept(net: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
     if assigned:
         owner = assigned[0].rpartition(".")[0]
+        tracer.innermost = owner
         kind = type(net.get_submodule(owner))
         code = inspect.unwrap(kind.forward).__code__
         raise ConversionError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.labels import ZERO
 from hatify.rules.registry import Call, Labels, constant_labels, rule
@@ -33,10 +34,8 @@ def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
         return target(*args, **kwargs)
     except (RuntimeError, NotImplementedError):
         # Some kernels exist for floating point only; labels are small enough to be exact in float64.
-        as_float = torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: t.double() if t.dtype == torch.int64 else t, args
-        )
-        return torch.utils._pytree.tree_map_only(Tensor, Tensor.long, target(*as_float, **kwargs))
+        as_float = tree_map_only(Tensor, lambda t: t.double() if t.dtype == torch.int64 else t, args)
+        return tree_map_only(Tensor, Tensor.long, target(*as_float, **kwargs))
 
 
 rule(
@@ -59,6 +58,32 @@ rule(
     "broadcast_to", "index_select", "gather", "tril", "triu", "diagonal", "as_strided", "contiguous", "clone",
     "detach", "unfold", "take_along_dim", "mT", "squeeze_", "unsqueeze_",
 )(run_on_labels)  # fmt: skip
+
+
+def found_to_move(call: Call) -> Labels:
+    """Labels of a function without a rule that is found to move elements of its first argument; None if it does more.
+
+    Found by experiment: given the numbers of the elements, it must return such numbers (or the zeros it pads with), and
+    given noise, the elements so numbered.
+    """
+    if call.node.op != "call_function" or not call.args or not isinstance(call.args[0], Tensor):
+        return None
+    x, move = call.args[0], call.node.target
+    assert callable(move)
+    numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64)
+    noise = torch.randn(x.numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        moved, found = (tree_leaves(move(v.view(x.shape), *call.args[1:], **call.kwargs)) for v in (numbers, noise))
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    values = torch.cat((torch.zeros(1, dtype=torch.float64), noise))
+    for numbered, value in zip(moved, found, strict=True):
+        if not isinstance(numbered, Tensor):
+            continue
+        inside = (numbered >= 0) & (numbered <= x.numel()) & (numbered == numbered.round())
+        if not inside.all() or not torch.equal(values[numbered.long()], value):
+            return None
+    return run_on_labels(call)
 
 
 @rule(operator.getitem)
