@@ -136,18 +136,20 @@ class Guard:
         self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
 
     @torch.no_grad()
-    def changed(self) -> dict[str, int]:
-        """{name: how many locked entries are not what they were}; these are put back."""
+    def changed(self, model: HatModel) -> dict[str, int]:
+        """{name: how many locked entries are not what they were}; these are put back.
+
+        Looked up by name: a parameter may have been replaced by another object.
+        """
         found = {}
-        for p in self.partial:
-            different = (p.parameter != p.saved) & p.lock.bool()
+        tensors = dict(named_tensors(model))
+        locks = [(p.name, p.saved, p.lock.bool()) for p in self.partial]
+        locks += [(w.name, w.saved, torch.ones_like(w.saved, dtype=torch.bool)) for w in self.whole]
+        for name, saved, lock in locks:
+            different = (tensors[name] != saved) & lock
             if count := int(different.sum()):
-                found[p.name] = count
-                p.parameter.copy_(torch.where(different, p.saved, p.parameter))
-        for w in self.whole:
-            if not torch.equal(w.tensor, w.saved):
-                found[w.name] = int((w.tensor != w.saved).sum())
-                w.tensor.copy_(w.saved)
+                found[name] = count
+                tensors[name].copy_(torch.where(different, saved, tensors[name]))
         return found
 
     def close(self) -> None:

@@ -221,7 +221,7 @@ class HatModel(fx.GraphModule):
             HatError: a parameter or buffer of the network is not finite; `abort_task` undoes the task.
         """
         guard, task = self._require_open("end_task")
-        for name, count in guard.changed().items():
+        for name, count in guard.changed(self).items():
             warnings.warn(
                 f"{name}: {count} entries that finished tasks own were changed during task {task}, outside any "
                 "optimizer step; they have been put back",

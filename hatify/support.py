@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.classify import Classification, is_altered
-from hatify.labels import LabelSpace
+from hatify.labels import ON, LabelSpace
 from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
 from hatify.rules.movement import found_to_move
@@ -99,22 +99,21 @@ class SupportInterpreter(fx.Interpreter):
         return None
 
     def _written(self, node: fx.Node, writer: fx.Node) -> None:
-        """`writer` changed the value of `node` in place: so did the labels, and those of what `node` is a view of."""
+        """`writer` changed the value of `node` in place, and with it every other value in the same memory."""
         if node.op == "get_attr":
             self.findings.moving.add(str(node.target))
         result, own = self.labels[writer], self.labels.get(node)
-        same = isinstance(result, Tensor) and isinstance(own, Tensor) and result.shape == own.shape
-        self.labels[node] = result if same else constant_labels(self.env[node], 1)
-        if writer in self.findings.masks and same:
-            # The mask is put behind the writer, so the written value itself stays unmasked.
-            self.labels[node] = constant_labels(self.env[node], 1)
-        for source in node.all_input_nodes:
-            value = self.env.get(source)
-            if (
-                isinstance(value, Tensor)
-                and value.untyped_storage().data_ptr() == self.env[node].untyped_storage().data_ptr()
-            ):
-                self.labels[source] = constant_labels(value, 1)
+        for other, value in self.env.items():
+            if isinstance(value, Tensor) and _share_memory(value, self.env[node]):
+                self.labels[other] = constant_labels(value, ON)
+        # A mask is put behind the writer, so the value that was written to itself stays unmasked.
+        masked = writer in self.findings.masks
+        if not masked and isinstance(result, Tensor) and isinstance(own, Tensor) and result.shape == own.shape:
+            self.labels[node] = result
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and not (a.is_meta and a is not b)
 
 
 def analyse(

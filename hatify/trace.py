@@ -92,21 +92,23 @@ class HatTracer(fx.Tracer):
         return result
 
 
-def trace(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], leaves: frozenset[str]) -> Traced:
+def trace(net: nn.Module, fixed: dict[str, Any], leaves: frozenset[str]) -> Traced:
     """Trace `net` in training and in evaluation mode; its own modes are left as they were.
 
-    Arguments of ``forward`` that `example_inputs` leaves out are fixed at their defaults, and so are arguments that
-    are not tensors; calling the result with another value for them raises.
+    Args:
+        net: the network.
+        fixed: arguments of ``forward`` to be fixed at a value, from `fixed_arguments`; calling the result with another
+            value for them raises.
+        leaves: names of modules to be kept whole.
 
     Raises:
         ConversionError: symbolic tracing failed; names the module and the line.
     """
-    concrete = _concrete_arguments(net, example_inputs)
     with _modes_restored(net):
         net.train()
-        training = _trace_once(net, concrete, leaves)
+        training = _trace_once(net, fixed, leaves)
         net.eval()
-        evaluation = _trace_once(net, concrete, leaves)
+        evaluation = _trace_once(net, fixed, leaves)
     merged = merge(training, evaluation)
     return Traced(merged, merged) if merged is not None else Traced(training, evaluation)
 
@@ -289,8 +291,13 @@ def _location(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def _concrete_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``net.forward`` to be fixed while tracing: those that are not given as tensors."""
+def fixed_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``net.forward`` to be fixed while tracing: those left out, at their defaults, and those that are
+    None, numbers or strings.
+
+    Raises:
+        ConversionError: ``forward`` cannot be called with these inputs.
+    """
     signature = inspect.signature(inspect.unwrap(net.forward))
     try:
         bound = (

@@ -636,7 +636,8 @@ def test_a_bare_layer_converts():
 
 
 def test_an_output_layer_of_another_kind_is_each_tasks_own():
-    net, x = End(lambda n, x: n.a(pooled(x)), parametrizations.weight_norm(nn.Linear(WIDTH, 4))), torch.randn(2, 3, 6, 6)
+    x, head = torch.randn(2, 3, 6, 6), parametrizations.weight_norm(nn.Linear(WIDTH, 4))
+    net = End(lambda n, x: n.a(pooled(x)), head)
     model = hatify(net, 2, (x,))
     assert policy_of(model, "a") == "head"
     assert_sound(net, model, x)
@@ -864,9 +865,7 @@ def test_the_census_says_what_happens_to_each(everything):
 
 
 def test_every_policy_at_once_is_sound(everything):
-    net, x, model = everything
-    net = Everything()
-    net.load_state_dict(everything[0].state_dict())
+    net, x = Everything(), everything[1]
     assert_sound(net, hatify(net, 2, (x,)), x)
 
 

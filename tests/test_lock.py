@@ -554,6 +554,15 @@ def load_other_weights(model):
     model.load_state_dict(state)
 
 
+def assign_other_weights(model):
+    state = {k: v + 1 if torch.is_tensor(v) and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def replace_a_parameter(model):
+    model.get_submodule("up").weight = nn.Parameter(torch.zeros_like(model.get_parameter("up.weight")))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -566,6 +575,8 @@ def load_other_weights(model):
         change_a_raw_parameter,
         make_weights_not_finite,
         load_other_weights,
+        assign_other_weights,
+        replace_a_parameter,
     ],
     ids=lambda change: change.__name__,
 )
@@ -677,8 +688,9 @@ def test_an_optimizer_of_something_else_is_left_alone():
 def test_models_side_by_side_keep_out_of_each_others_way(together):
     models = [finished_model(), finished_model()]
     expected = [outputs(model, 0) for model in models]
-    parameters = [list(model.parameters()) for model in models]
-    groups = [sum(parameters, [])] if together else parameters
+    groups = [list(model.parameters()) for model in models]
+    if together:
+        groups = [[*groups[0], *groups[1]]]
     optimizers = [optim.AdamW(group, lr=0.1, weight_decay=0.5) for group in groups]
     for model in models:
         model.begin_task(1)

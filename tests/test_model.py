@@ -201,7 +201,7 @@ def test_masks_start_as_asked(init, check):
 
 @pytest.mark.parametrize("init", ["sparse", None, True])
 def test_an_unknown_start_of_the_masks_is_refused(net, x, init):
-    with pytest.raises(ValueError, match="mask_init.*'dense'"):
+    with pytest.raises(ValueError, match=r"mask_init.*'dense'"):
         hatify(net, 1, (x,), mask_init=init)
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, note, settings
-from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -114,15 +112,15 @@ def _pointwise() -> Iterator[Case]:
     for key, rule in RULES.items():
         if rule.__name__ not in ("zero_preserving", "bounded_at_zero"):
             continue
+        if isinstance(key, str) and not hasattr(Tensor, key):
+            continue
         special = {
             F.threshold: (0.1, 2.0), torch.dropout: (0.5, False), nn.Threshold: (0.1, 2.0), nn.LocalResponseNorm: (3,),
             F.local_response_norm: (3,),
         }  # fmt: skip
-        shape = (2, 4, 3, 3)
-        if "3d" in str(key):
-            shape = (2, 4, 3, 3, 3)
-        elif "1d" in str(key):
-            shape = (2, 4, 3)
+        name = getattr(key, "__name__", str(key))
+        spatial = next((d for d in (1, 2, 3) if f"{d}d" in name), 1 if "response" in name.lower() else 0)
+        shape = (2, 4, *(3,) * spatial)
         if isinstance(key, type):
             yield call(key(*special.get(key, ())), x(*shape))
         else:
@@ -176,7 +174,8 @@ def _arithmetic() -> Iterator[Case]:
                     yield call(key, x(2, 4), number)
         elif family == "divide":
             yield call(key, x(2, 4), Given(torch.rand(4) + 0.5))
-            yield call(key, x(2, 1, 3), Given(torch.rand(4, 1) + 0.5))
+            if key != "div_":
+                yield call(key, x(2, 1, 3), Given(torch.rand(4, 1) + 0.5))
             yield call(key, x(2, 4), 3.0)
         elif family == "power":
             for exponent in (2, 0.5, 1, 0):
@@ -244,14 +243,14 @@ def _reductions() -> Iterator[Case]:
             for shape in ((2, 4), (2, 3, 4), (2, 4, 3, 3)):
                 for dim in {1, -1, len(shape) - 2}:
                     yield call(key, x(*shape), dim)
-                    if name not in ("norm", "linalg_vector_norm", "vector_norm"):
+                    if name not in ("norm", "linalg_vector_norm"):
                         yield call(key, x(*shape), dim=dim, keepdim=True)
-            if name not in ("max", "min", "median"):
+            if name not in ("max", "min", "median", "norm", "linalg_vector_norm"):
                 yield call(key, x(2, 4, 3, 3), (2, 3))
                 yield call(key, x(2, 3, 4), dim=(0, 1))
             if name not in ("logsumexp", "var_mean", "std_mean"):
                 yield call(key, x(2, 4))
-            if name in ("norm", "linalg_vector_norm", "vector_norm"):
+            if name in ("norm", "linalg_vector_norm"):
                 yield call(key, x(2, 3, 4), 2, 1)
                 yield call(key, x(2, 3, 4), 2, 1, True)
                 yield call(key, x(2, 3, 4), dim=1, keepdim=True)
@@ -324,6 +323,8 @@ def _movement() -> Iterator[Case]:
         if rule.__name__ == "run_on_labels" and not isinstance(key, type):
             name = getattr(key, "__name__", str(key))
             for shape, rest in MOVES.get(name, []):
+                if name in ("reshape", "permute") and not isinstance(key, str):
+                    rest = (rest,)
                 yield call(key, x(*shape), *rest)
     yield call(torch.flatten, input=x(2, 4, 3), start_dim=1)
     yield call("flatten", x(2, 4, 3), start_dim=1)
@@ -512,32 +513,38 @@ def draw_labels(space: LabelSpace, shapes: list[tuple[int, ...]], source: random
 def supports(space: LabelSpace, source: random.Random) -> Callable[[Tensor], Tensor]:
     """A random choice of features that are on, coupled ones alike, as a function from labels to booleans."""
     classes = space.classes()
-    on = torch.tensor([source.choice((True, False)) for _ in range(len(classes.root))])
+    generator = torch.Generator().manual_seed(source.getrandbits(16))
+    on = torch.rand(len(classes.root), generator=generator) < 0.5
     # A parameter that met no feature is not masked.
     on[classes.features :] = True
-
-    def leaf(label: int) -> bool:
-        place = label if label < FIRST_RAW else label - FIRST_RAW + classes.features
-        return bool(on[classes.root[place]])
+    # Of a leaf; labels of constants are leaves' numbers too, in front of the features.
+    leaf = on[classes.root]
+    leaf[ON], leaf[ZERO] = True, False
 
     def evaluate(labels: Tensor) -> Tensor:
-        known = {ON: True, ZERO: False}
-        for label in labels.unique().tolist():
-            if label not in known:
-                known[label] = any(leaf(member) for member in space.members(label))
-        return torch.tensor([known[label] for label in labels.reshape(-1).tolist()]).view(labels.shape)
+        places = torch.where(labels >= FIRST_RAW, labels - FIRST_RAW + classes.features, labels)
+        values = leaf[places.clamp(min=0)]
+        for label in labels[labels < 0].unique().tolist():
+            values = torch.where(labels == label, evaluate(torch.tensor(sorted(space.members(label)))).any(), values)
+        return values
 
     return evaluate
 
 
 def check(case: Case, couple: bool, source: random.Random) -> int:
     """Assert soundness on random labels and supports; returns how many zeros were promised."""
-    root, graph, shapes = graph_of(case)
+    return examine(*graph_of(case), couple, source)
+
+
+def examine(
+    root: nn.Module, graph: fx.Graph, shapes: list[tuple[int, ...]], couple: bool, source: random.Random
+) -> int:
+    """The same for a graph whose inputs have the given shapes."""
     space, findings = LabelSpace(couple), Findings()
     given_labels = draw_labels(space, shapes, source)
     values = [torch.randn(shape) for shape in shapes]
     interpreter = Labelled(root, graph, classify(root, (graph,), None, {}), space, findings)
-    interpreter.given = given_labels
+    interpreter.given = tuple(labels.clone() for labels in given_labels)
     with torch.no_grad():
         interpreter.run(*(value.clone() for value in values))
         promised = 0
@@ -557,8 +564,7 @@ def _compare(value: Any, labels: Any, on: Callable[[Tensor], Tensor]) -> int:
         return 0
     assert labels.shape == value.shape
     off = ~on(labels)
-    note(f"value {value}, on {~off}")
-    assert value[off].eq(0).all()
+    assert value[off].eq(0).all(), f"{value}\nis not zero where\n{off.int()}\nis 1"
     return int(off.sum())
 
 
@@ -570,16 +576,75 @@ def identity(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=identity)
-@settings(max_examples=8)
-@given(couple=st.booleans(), source=st.randoms(use_true_random=False))
-def test_what_a_rule_says_is_off_is_zero(case: Case, couple: bool, source: random.Random) -> None:
-    torch.manual_seed(0)
-    check(case, couple, source)
+def test_what_a_rule_says_is_off_is_zero(case: Case) -> None:
+    for seed in range(6):
+        check(case, seed % 2 == 0, random.Random(seed))
 
 
 def test_every_rule_has_a_case() -> None:
     untested = {"cuda"}  # needs the device
     assert set(RULES) - {case.key for case in CASES} == untested
+
+
+def test_every_method_that_has_a_rule_exists() -> None:
+    assert [key for key in RULES if isinstance(key, str) and not hasattr(Tensor, key)] == []
+
+
+# Compositions --------------------------------------------------------------------------------------------------------
+
+#: Calls that take and yield tensors of one shape, and keep numbers small.
+COMPOSABLE = [
+    case
+    for case in (*_pointwise(), *_arithmetic())
+    if all(a.shape == (2, 4) for a in case.args if isinstance(a, X))
+    and getattr(case.key, "__name__", case.key) not in (
+        "exp", "exp2", "sinh", "cosh", "square", "tan", "sqrt", "log1p", "expm1", "asin", "acos", "power", "pow", "pow_", "erfc",
+        "where", "nan_to_num",
+    )
+    and not any(value == -math.inf for value in case.args if isinstance(value, float))
+    and not (case.key in (F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, nn.RReLU, nn.FeatureAlphaDropout))
+]  # fmt: skip
+
+
+def compose(source: random.Random) -> tuple[nn.Module, fx.Graph, list[tuple[int, ...]]]:
+    """A graph of several calls, each on anything that came before: results are used twice and written to."""
+    root, graph = nn.Module(), fx.Graph()
+    values = [graph.placeholder(f"x{i}") for i in range(3)]
+    for step in range(source.randint(2, 5)):
+        case = source.choice(COMPOSABLE)
+
+        def placed(argument: Any, step: int = step) -> Any:
+            if isinstance(argument, X):
+                return source.choice(values)
+            if isinstance(argument, Given):
+                name = f"given{step}_{len(list(root.buffers()))}"
+                root.register_buffer(name, argument.value)
+                return graph.get_attr(name)
+            return argument
+
+        args = tuple(placed(a) for a in case.args)
+        kwargs = {key: placed(value) for key, value in case.kwargs.items()}
+        if isinstance(case.target, nn.Module):
+            root.add_module(f"operation{step}", case.target.eval())
+            values.append(graph.call_module(f"operation{step}", args, kwargs))
+        elif isinstance(case.target, str):
+            values.append(graph.call_method(case.target, args, kwargs))
+        else:
+            values.append(graph.call_function(case.target, args, kwargs))
+        if source.random() < 0.3:
+            # Moved there and back: a view, or a copy, of what came before.
+            moved = graph.call_method("transpose", (source.choice(values), 0, 1))
+            values.append(graph.call_method(source.choice(("transpose", "swapaxes")), (moved, 0, 1)))
+    graph.output(tuple(values))
+    return root, graph, [(2, 4)] * 3
+
+
+@pytest.mark.parametrize("first", range(0, 400, 50))
+def test_what_rules_say_together_is_off_is_zero(first: int) -> None:
+    for seed in range(first, first + 50):
+        source = random.Random(seed)
+        root, graph, shapes = compose(source)
+        examine(root, graph, shapes, seed % 2 == 0, source)
 
 
 #: Rules that make a promise at all: for these, a conservative answer would be a loss of tightness.

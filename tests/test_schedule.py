@@ -1,6 +1,7 @@
 """Schedules of the mask scale: Equations 4 and 6, and the two others."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,7 @@ def test_cosine_is_equation_6_kept_positive(model, s_max):
 
 def test_exponential_goes_up_by_equal_factors(model):
     seen = scales(model, "exponential")
-    factors = [b / a for a, b in zip(seen, seen[1:], strict=False)]
+    factors = [b / a for a, b in pairwise(seen)]
     assert seen[0] == pytest.approx(1 / S_MAX) and seen[-1] == pytest.approx(S_MAX)
     assert factors == pytest.approx([S_MAX ** (2 / (STEPS - 1))] * (STEPS - 1))
 
@@ -92,7 +93,7 @@ def test_a_period_without_batches_is_refused(model, steps):
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones(model):
-    with pytest.raises(ValueError, match="'sawtooth'.*'linear'.*'cosine'"):
+    with pytest.raises(ValueError, match=r"'sawtooth'.*'linear'.*'cosine'"):
         MaskScale(model, STEPS, "sawtooth")
 
 

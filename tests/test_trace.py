@@ -595,7 +595,7 @@ def test_lazy_modules_must_have_been_run():
 
 @pytest.mark.parametrize("thing", [None, "resnet18", torch.relu, nn.Linear])
 def test_only_modules_are_converted(thing):
-    with pytest.raises(ConversionError, match="torch.nn.Module"):
+    with pytest.raises(ConversionError, match=r"torch\.nn\.Module"):
         hatify(thing, 2, (torch.randn(2, INPUTS),))
 
 
@@ -714,12 +714,12 @@ def test_plain_attributes_are_kept_and_ours_win(x):
 def test_the_reserved_name_is_refused(x):
     net = Base2()
     net._hat = nn.Linear(2, 2)
-    with pytest.raises(ConversionError, match="'_hat'.*reserved"):
+    with pytest.raises(ConversionError, match=r"'_hat'.*reserved"):
         hatify(net, 2, (x,))
 
 
 def test_a_buffer_of_the_reserved_name_is_refused(x):
     net = Base2()
     net.register_buffer("_hat", torch.zeros(2))
-    with pytest.raises(ConversionError, match="'_hat'.*reserved"):
+    with pytest.raises(ConversionError, match=r"'_hat'.*reserved"):
         hatify(net, 2, (x,))

@@ -115,9 +115,8 @@ class Standardized(nn.Conv2d):
 
 
 def image_net(middle):
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), middle, nn.Conv2d(6, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
-    )
+    layers = [nn.Conv2d(3, 6, 3, padding=1), middle, nn.Conv2d(6, 6, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from hatify.rules.registry import Call, Labels, rule
 def matmul(call: Call) -> Labels:
     """(… M K) @ (… K N): a column is non-zero only where the second operand's column is, a row only where the
     first's row is. Features contracted with each other (queries and keys) are coupled."""
-    a, b = (call.labels_of(arg) for arg in call.node.args[:2])
+    second = "other" if call.given(1, "mat2") is None else "mat2"
+    a, b = call.label(0), call.label(1, second)
     if a.ndim < 2 or b.ndim < 2:
         return call.all_on()
     return _product(call, a, b)

@@ -44,9 +44,9 @@ rule(
     torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.select, torch.narrow,
     torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack,
     torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.broadcast_to,
-    torch.broadcast_tensors, torch.index_select, torch.gather, torch.tril, torch.triu, torch.diagonal,
+    torch.index_select, torch.gather, torch.tril, torch.triu, torch.diagonal,
     torch.as_strided, torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, torch.clone, torch.detach,
-    torch.movedim, torch.atleast_2d, torch.take_along_dim, torch.meshgrid,
+    torch.movedim, torch.atleast_2d, torch.take_along_dim,
     F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold,
     nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold,
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
@@ -58,6 +58,12 @@ rule(
     "broadcast_to", "index_select", "gather", "tril", "triu", "diagonal", "as_strided", "contiguous", "clone",
     "detach", "unfold", "take_along_dim", "mT", "squeeze_", "unsqueeze_",
 )(run_on_labels)  # fmt: skip
+
+
+@rule(torch.broadcast_tensors, torch.meshgrid)
+def run_on_all_labels(call: Call) -> Labels:
+    """The same for operations that move several tensors at once."""
+    return _run(call, tuple(call.labels_of(arg) for arg in call.node.args), call.kwargs)
 
 
 def found_to_move(call: Call) -> Labels:

@@ -18,8 +18,8 @@ from hatify.rules.registry import Call, Labels, rule
     torch.square, torch.sqrt, torch.erf, torch.expm1, torch.log1p, torch.round, torch.trunc, torch.real, torch.dropout,
     torch.nan_to_num, torch.relu_, torch.hardshrink,
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish,
-    F.hardswish, F.hardtanh, F.hardtanh_, F.tanh, F.tanhshrink, F.softshrink, F.hardshrink, F.softsign, F.rrelu,
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    F.hardswish, F.tanh, F.tanhshrink, F.softshrink, F.hardshrink, F.softsign, F.rrelu,
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d,
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
     nn.Hardtanh, nn.Tanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Softsign, nn.RReLU,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.LocalResponseNorm,
@@ -35,16 +35,16 @@ def zero_preserving(call: Call) -> Labels:
 
 @rule(
     torch.sigmoid, torch.exp, torch.cos, torch.cosh, torch.acos, torch.exp2, torch.erfc,
-    F.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.threshold,
+    F.alpha_dropout, F.feature_alpha_dropout, F.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.threshold,
     nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    "sigmoid", "sigmoid_", "exp", "cos", "cosh", "hardsigmoid",
+    "sigmoid", "sigmoid_", "exp", "cos", "cosh",
 )  # fmt: skip
 def bounded_at_zero(call: Call) -> Labels:
     """f(0) is finite but not zero: a mask behind it makes an off feature zero again."""
     return call.mask(call.label(0))
 
 
-@rule(torch.clamp, torch.clip, "clamp", "clamp_", "clip", nn.Hardtanh, F.hardtanh)
+@rule(torch.clamp, torch.clip, "clamp", "clamp_", "clip", nn.Hardtanh, F.hardtanh, F.hardtanh_)
 def clamp(call: Call) -> Labels:
     """Clamping keeps zero if zero lies within the bounds."""
     if call.module is not None:
@@ -85,11 +85,12 @@ def add(call: Call) -> Labels:
     """
     if not isinstance(call.out, Tensor):
         return call.all_on()
-    a, b = (_expanded(call.labels_of(arg), call.out) for arg in call.node.args[:2])
+    terms = call.given(0, "input"), call.given(1, "other")
+    a, b = (_expanded(call.labels_of(term), call.out) for term in terms)
     dims_a, dims_b = varying_dims(a), varying_dims(b)
     if _features(a) and _features(b) and not set(dims_a) & set(dims_b) and (dims_a or dims_b):
         # Features of one term lie across those of the other: they do not meet one to one.
-        full = call.labels_of(call.node.args[0])
+        full = call.labels_of(terms[0])
         first = isinstance(full, Tensor) and full.shape == call.out.shape and bool(dims_a)
         return call.mask(a if first or not dims_b else b)
     result = call.space.either(a, b)
@@ -107,7 +108,7 @@ def multiply(call: Call) -> Labels:
     """A product may be non-zero only where both factors may. Features that are multiplied share a mask."""
     if not isinstance(call.out, Tensor):
         return call.all_on()
-    a, b = (_expanded(call.labels_of(arg), call.out) for arg in call.node.args[:2])
+    a, b = (_expanded(call.label(i, name), call.out) for i, name in enumerate(("input", "other")))
     dims_a, dims_b = set(varying_dims(a)), set(varying_dims(b))
     if _features(a) and _features(b) and not dims_a & dims_b:
         wide, narrow = (a, b) if len(dims_a) >= len(dims_b) else (b, a)
@@ -118,8 +119,8 @@ def multiply(call: Call) -> Labels:
 @rule(torch.where, "where")
 def where(call: Call) -> Labels:
     """Either branch."""
-    chosen = (0, 2) if call.node.op == "call_method" else (1, 2)
-    a, b = (_expanded(call.labels_of(call.node.args[i]), call.out) for i in chosen)
+    chosen = (0, "self") if call.node.op == "call_method" else (1, "input")
+    a, b = (_expanded(call.label(i, name), call.out) for i, name in (chosen, (2, "other")))
     return call.space.either(a, b)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,9 @@ def spatial(call: Call) -> Labels:
     labels = call.label(0)
     if not isinstance(call.out, Tensor):
         return call.all_on()
-    batched = labels.ndim - 2 if labels.ndim == call.out.ndim else 1
-    merged = call.space.merge(labels, range(labels.ndim - batched, labels.ndim))
+    named = re.search(r"([123])d$", type(call.module).__name__ if call.module is not None else _name(call))
+    positions = int(named[1]) if named and "pool" in named.string.lower() else labels.ndim - 2
+    merged = call.space.merge(labels, range(labels.ndim - positions, labels.ndim))
     return merged.expand(call.out.shape)
 
 
