@@ -18,7 +18,7 @@ from hatify.plan import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import STATE, rewrite_graph, rewrite_modules
 from hatify.support import analyse
-from hatify.trace import fixed_arguments, trace
+from hatify.trace import bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
 S_MAX = 100.0
@@ -67,9 +67,9 @@ def hatify(
     net = detached_copy(net)
     inputs = _example_inputs(net, example_inputs)
     overrides = dict(policies or {})
-    fixed = fixed_arguments(net, inputs)
+    arguments = bound_arguments(net, inputs)
     with refusals_named(net, inputs):
-        traced = trace(net, fixed, frozenset(overrides))
+        traced = trace(net, arguments, frozenset(overrides))
         classification = classify(net, traced.graphs, heads, overrides)
         space, findings = analyse(net, traced.graphs, inputs, classification, couple)
     plan = make_plan(net, traced.graphs, classification, space, findings)

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hatify.answers import AnsweringTracer
 from hatify.errors import ConversionError
 from hatify.nn.functional import by_mode
 
@@ -53,8 +54,8 @@ class Traced:
         return (self.evaluation,) if self.training is self.evaluation else (self.evaluation, self.training)
 
 
-class HatTracer(fx.Tracer):
-    """An ``fx.Tracer`` that keeps whole what must not be opened, and knows where it is when tracing fails.
+class HatTracer(AnsweringTracer):
+    """A tracer that keeps whole what must not be opened, and knows where it is when tracing fails.
 
     Leaves are torch's own modules (but not containers), subclasses of weighted and normalising layers,
     parametrised modules, modules without children whose ``forward`` looks at ``self.training``, modules of the types
@@ -67,8 +68,9 @@ class HatTracer(fx.Tracer):
         leaf_types: tuple[type[nn.Module], ...],
         functions: tuple[Callable[..., Any], ...],
         proxy_buffers: bool,
+        examples: dict[str, Any],
     ) -> None:
-        super().__init__(autowrap_functions=functions)
+        super().__init__(examples, autowrap_functions=functions)
         self.proxy_buffer_attributes = proxy_buffers
         self.leaves = leaves
         self.leaf_types = leaf_types
@@ -86,19 +88,21 @@ class HatTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.answering:
+            return super().call_module(m, forward, args, kwargs)
         outer, self.innermost = self.innermost, self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
         self.innermost = outer
         return result
 
 
-def trace(net: nn.Module, fixed: dict[str, Any], leaves: frozenset[str]) -> Traced:
+def trace(net: nn.Module, arguments: dict[str, Any], leaves: frozenset[str]) -> Traced:
     """Trace `net` in training and in evaluation mode; its own modes are left as they were.
 
     Args:
         net: the network.
-        fixed: arguments of ``forward`` to be fixed at a value, from `fixed_arguments`; calling the result with another
-            value for them raises.
+        arguments: an example of every argument of ``forward``, from `bound_arguments`. Those that are None, numbers or
+            strings are fixed: calling the result with another value for them raises.
         leaves: names of modules to be kept whole.
 
     Raises:
@@ -106,9 +110,9 @@ def trace(net: nn.Module, fixed: dict[str, Any], leaves: frozenset[str]) -> Trac
     """
     with _modes_restored(net):
         net.train()
-        training = _trace_once(net, fixed, leaves)
+        training = _trace_once(net, arguments, leaves)
         net.eval()
-        evaluation = _trace_once(net, fixed, leaves)
+        evaluation = _trace_once(net, arguments, leaves)
     merged = merge(training, evaluation)
     return Traced(merged, merged) if merged is not None else Traced(training, evaluation)
 
@@ -193,15 +197,15 @@ def _mode_dependent(at: fx.Node, in_training: Any, in_evaluation: Any) -> fx.Nod
         return at.graph.call_function(by_mode, (flag, in_training, in_evaluation))
 
 
-def _trace_once(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str]) -> fx.Graph:
+def _trace_once(net: nn.Module, arguments: dict[str, Any], leaves: frozenset[str]) -> fx.Graph:
     try:
-        return _trace_strictly(net, concrete, leaves, proxy_buffers=True)
+        return _trace_strictly(net, arguments, leaves, proxy_buffers=True)
     except ConversionError:
         # Buffers behind proxies make writes to them visible, but cannot be used in Python's control flow.
-        return _trace_strictly(net, concrete, leaves, proxy_buffers=False)
+        return _trace_strictly(net, arguments, leaves, proxy_buffers=False)
 
 
-def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool) -> fx.Graph:
+def _trace_strictly(net: nn.Module, arguments: dict[str, Any], leaves: frozenset[str], proxy_buffers: bool) -> fx.Graph:
     """Trace once, keeping whole those of timm's ``notrace`` modules that indeed cannot be traced.
 
     timm registers some modules for reasons that have gone since, and a module that is kept whole shares nothing between
@@ -210,9 +214,9 @@ def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[
     notrace, functions = _timm_registrations()
     closed: set[type[nn.Module]] = set()
     while True:
-        tracer = HatTracer(leaves, tuple(closed), functions, proxy_buffers)
+        tracer = HatTracer(leaves, tuple(closed), functions, proxy_buffers, arguments)
         try:
-            return _trace_with(tracer, net, concrete)
+            return _trace_with(tracer, net, arguments)
         except ConversionError:
             path = tracer.innermost.split(".")
             around = {type(net.get_submodule(".".join(path[:n]))) for n in range(1, len(path) + 1)}
@@ -222,10 +226,17 @@ def _trace_strictly(net: nn.Module, concrete: dict[str, Any], leaves: frozenset[
             closed |= to_close
 
 
-def _trace_with(tracer: HatTracer, net: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+def _trace_with(tracer: HatTracer, net: nn.Module, arguments: dict[str, Any]) -> fx.Graph:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(inspect.unwrap(net.forward)).parameters
+    fixed = {
+        name: value
+        for name, value in arguments.items()
+        if parameters[name].kind not in variadic and (value is None or isinstance(value, (bool, int, float, str)))
+    }
     try:
         with _buffers_kept(net, tracer):
-            graph = tracer.trace(net, concrete_args=concrete)
+            graph = tracer.trace(net, concrete_args=fixed)
     except ConversionError:
         raise
     except Exception as error:
@@ -237,12 +248,12 @@ def _trace_with(tracer: HatTracer, net: nn.Module, concrete: dict[str, Any]) -> 
             else "move that code into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
         raise ConversionError(f"{where} ({kind}): cannot be traced: {_location(error)}: {error}; {hint}") from error
-    names = iter(inspect.signature(inspect.unwrap(net.forward)).parameters)
+    names = iter(parameters)
     for node in graph.nodes:
         if node.op == "placeholder":
             name = next(names)
             # Arguments with fixed values come out of fx with a number behind their names.
-            node.target = name if node.target.startswith(f"{name}_") and name in concrete else node.target
+            node.target = name if node.target.startswith(f"{name}_") and name in fixed else node.target
         _register_constant(net, node)
     return graph
 
@@ -291,9 +302,8 @@ def _location(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def fixed_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``net.forward`` to be fixed while tracing: those left out, at their defaults, and those that are
-    None, numbers or strings.
+def bound_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``net.forward`` by name, defaults filled in.
 
     Raises:
         ConversionError: ``forward`` cannot be called with these inputs.
@@ -309,15 +319,7 @@ def fixed_arguments(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, 
             "pass example_inputs, a tuple of positional or a dict of named inputs"
         ) from None
     bound.apply_defaults()
-    fixed = {}
-    for name, value in bound.arguments.items():
-        variadic = signature.parameters[name].kind in (
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.VAR_KEYWORD,
-        )
-        if not variadic and (value is None or isinstance(value, (bool, int, float, str))):
-            fixed[name] = value
-    return fixed
+    return dict(bound.arguments)
 
 
 @contextmanager

@@ -307,6 +307,18 @@ class UnitLength(nn.Module):
         return F.normalize(x, dim=self.dim, eps=1e-2)
 
 
+class Standardized(nn.Module):
+    """Layer norm in elementary operations, without parameters."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = x.mean(self.dim, keepdim=True), x.var(self.dim, keepdim=True, unbiased=False)
+        return (x - mean) / torch.sqrt(variance + 1e-2)
+
+
 @block("image", "tokens", "vector")
 def norm(draw: Draw, signal: Signal) -> Made:
     """Any normalisation. The eps are large: statistics over a few numbers must not amplify rounding."""
@@ -315,9 +327,9 @@ def norm(draw: Draw, signal: Signal) -> Made:
         if draw.flag():
             inner, _ = norm(draw, image(signal.channels, *signal.spatial))
             return Transposed(inner), signal
-        kind = draw.one_of("layer", "rms", "whole", "functional", "handwritten", "unit")
+        kind = draw.one_of("layer", "rms", "whole", "functional", "handwritten", "unit", "standardized")
     else:
-        kind = draw.one_of("batch", "group", "layer", "rms", "functional", "handwritten", "unit")
+        kind = draw.one_of("batch", "group", "layer", "rms", "functional", "handwritten", "unit", "standardized")
         kind = draw.one_of(kind, "instance", "whole") if signal.kind == "image" else kind
     draw.note(f"norm:{kind}")
     module = _norm(draw, kind, signal)
@@ -343,6 +355,8 @@ def _norm(draw: Draw, kind: str, signal: Signal) -> nn.Module:
     if kind in ("layer", "whole"):
         shape = (channels,) if kind == "layer" else signal.shape
         return nn.LayerNorm(shape, 1e-2, affine, bias=draw.one_of(True, True, False))
+    if kind == "standardized":
+        return Standardized(signal.channel_dim)
     if kind == "functional":
         return FunctionalNorm(channels, None if signal.kind == "tokens" else draw.divisor(max(1, channels // 2), channels))
     return HandwrittenRMSNorm(channels, signal.channel_dim) if kind == "handwritten" else UnitLength(signal.channel_dim)
@@ -400,6 +414,23 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cast": lambda x: x.float().to(x.dtype),
     "detached scale": lambda x: x * x.detach().sigmoid(),
     "maximum": lambda x: torch.maximum(x, 0.1 * x),
+    "handwritten sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "handwritten swish": lambda x: x / (1 + (-x).exp()),
+    "handwritten softplus": lambda x: torch.log(1 + x.exp()),
+    "handwritten softsign": lambda x: torch.div(x, 1 + x.abs()),
+    "handwritten mish": lambda x: x * torch.tanh((x.exp() + 1).log()),
+    "inverse root": lambda x: x * torch.rsqrt(x * x + 1),
+    "reciprocal": lambda x: torch.reciprocal(1 + x.square()),
+    "negative power": lambda x: (1 + x.abs()) ** -0.5,
+    "signed root": lambda x: x.sign() * (x.abs() + 1e-2).sqrt(),
+    "logarithm": lambda x: torch.log(x.abs() + 0.1),
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "atan2": lambda x: torch.atan2(x, torch.ones_like(x)),
+    "floor with gradient": lambda x: x + (x.floor() - x).detach(),
+    "keywords": lambda x: torch.add(torch.mul(input=x, other=x.tanh()), other=x),
+    "written in place": lambda x: (x * 2).sigmoid_(),
+    "added in place": lambda x: x.mul(0.5).add_(0.1),
+    "whole mean": lambda x: x - x.mean(tuple(range(1, x.ndim)), keepdim=True),
     "lerp": lambda x: torch.lerp(x, x.tanh(), 0.5),
 }
 
@@ -1053,11 +1084,392 @@ def bilinear(draw: Draw, signal: Signal) -> Made:
     return (Squared(signal.channels), vector(4)) if signal.channels <= 16 else stage(draw, signal)
 
 
+# Unusual constructions -----------------------------------------------------------------------------------------------
+
+
+class ComputedWeight(nn.Module):
+    """A linear layer whose weight is computed from parameters."""
+
+    def __init__(self, features_in: int, features_out: int, how: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features_out, features_in) / math.sqrt(features_in))
+        self.gain = nn.Parameter(torch.rand(features_out, 1) + 0.5)
+        self.left = nn.Parameter(torch.randn(features_out, 2))
+        self.right = nn.Parameter(torch.randn(2, features_in))
+        self.register_buffer("pattern", torch.arange(features_out * features_in).view(features_out, -1) % 3 > 0)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "low rank":
+            return F.linear(x, self.left @ self.right)
+        if self.how == "adapted":
+            return F.linear(x, self.weight + 0.1 * self.left @ self.right)
+        if self.how == "sparse":
+            return F.linear(x, self.weight * self.pattern)
+        if self.how == "transposed":
+            return x @ self.weight.t()
+        if self.how == "scaled":
+            return F.linear(x, self.gain * self.weight)
+        return F.linear(x, self.gain * F.normalize(self.weight, dim=1))
+
+
+@block("tokens", "vector")
+def computed_weight(draw: Draw, signal: Signal) -> Made:
+    how = draw.one_of("low rank", "adapted", "sparse", "transposed", "scaled", "normalized")
+    draw.note(f"computed_weight:{how}")
+    out = draw.channels()
+    return ComputedWeight(signal.channels, out, how), signal.wide(out)
+
+
+class DynamicWeight(nn.Module):
+    """A linear layer whose weight is made from the input by another layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.generate, self.channels = nn.Linear(channels, 4 * channels), channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.generate(x.mean(1)).view(-1, self.channels, 4)
+        return torch.bmm(x, weight)
+
+
+@block("tokens")
+def dynamic_weight(draw: Draw, signal: Signal) -> Made:
+    return DynamicWeight(signal.channels), signal.wide(4)
+
+
+class Mixture(nn.Module):
+    """A weighted sum of experts; the weights are learned, or computed from the input."""
+
+    def __init__(self, experts: Sequence[nn.Module], router: nn.Module | None, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.experts, self.router, self.dims = nn.ModuleList(experts), router, dims
+        self.weights = nn.Parameter(torch.randn(len(experts))) if router is None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = torch.stack([expert(x) for expert in self.experts], 0)
+        if self.router is None:
+            return (self.weights.softmax(0).view(-1, *(1,) * (outputs.ndim - 1)) * outputs).sum(0)
+        squeezed = x.mean(self.dims) if self.dims else x
+        weights = self.router(squeezed).softmax(-1).t()
+        return (weights.reshape(*weights.shape, *(1,) * (outputs.ndim - 2)) * outputs).sum(0)
+
+
+@block("image", "tokens", "vector")
+def mixture(draw: Draw, signal: Signal) -> Made:
+    out = draw.channels()
+    experts = [layer(draw, signal, out)[0] for _ in range(2)]
+    router = nn.Linear(signal.channels, 2) if draw.flag() else None
+    spatial = len(signal.spatial)
+    dims = {"image": tuple(range(2, 2 + spatial)), "tokens": (1,), "vector": ()}[signal.kind]
+    return Mixture(experts, router, dims), signal.wide(out)
+
+
+class SharedStages(nn.Module):
+    """One normalisation, one activation with a parameter, and perhaps one layer, behind different layers."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, shared: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.shared = first, second, shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.second(self.shared(self.first(x))))
+
+
+@block("image", "tokens", "vector")
+def shared_stages(draw: Draw, signal: Signal) -> Made:
+    first, second = layer(draw, signal, signal.channels)[0], layer(draw, signal, signal.channels)[0]
+    shared = [norm(draw, signal)[0], nn.PReLU()]
+    if draw.flag():
+        shared.append(layer(draw, signal, signal.channels)[0])
+    return SharedStages(first, second, nn.Sequential(*shared)), signal
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell written by hand: its layers are called at every step."""
+
+    def __init__(self, length: int, channels: int, gated: bool) -> None:
+        super().__init__()
+        self.length = length
+        self.enter, self.repeat = nn.Linear(channels, 4), nn.Linear(4, 4)
+        self.forget = nn.Linear(4, 4) if gated else None
+        self.start = nn.Parameter(torch.randn(4)) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 4) if self.start is None else self.start.expand(x.shape[0], -1)
+        for step in range(min(self.length, 3)):
+            proposal = torch.tanh(self.enter(x[:, step]) + self.repeat(state))
+            if self.forget is None:
+                state = proposal
+            else:
+                keep = torch.sigmoid(self.forget(state))
+                state = keep * state + (1 - keep) * proposal
+        return state
+
+
+@block("tokens")
+def unrolled(draw: Draw, signal: Signal) -> Made:
+    return Unrolled(*signal.shape, gated=draw.flag()), vector(4)
+
+
+class CrossAttention(nn.Module):
+    """Learned queries attend to the tokens."""
+
+    def __init__(self, channels: int, queries: int, residual: bool) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, channels))
+        self.key, self.value = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        y = F.scaled_dot_product_attention(queries, self.key(x), self.value(x))
+        return queries + y if self.residual else y
+
+
+@block("tokens")
+def cross_attention(draw: Draw, signal: Signal) -> Made:
+    queries = draw.one_of(1, 3)
+    return CrossAttention(signal.channels, queries, draw.flag()), tokens(queries, signal.channels)
+
+
+class ChannelAttention(nn.Module):
+    """Attention between channels: cross-covariance, or each channel's own pooling weights."""
+
+    def __init__(self, channels: int, covariance: bool) -> None:
+        super().__init__()
+        self.qkv, self.covariance = nn.Linear(channels, 3 * channels), covariance
+        self.temperature = nn.Parameter(torch.ones(1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.covariance:
+            scores = F.normalize(q, dim=1).transpose(1, 2) @ F.normalize(k, dim=1) * self.temperature
+            return v @ scores.softmax(-1).transpose(1, 2)
+        return q * (k.softmax(1) * v).sum(1, keepdim=True)
+
+
+@block("tokens")
+def channel_attention(draw: Draw, signal: Signal) -> Made:
+    return ChannelAttention(signal.channels, draw.flag()), signal
+
+
+class OuterProduct(nn.Module):
+    """Pools the products of all pairs of features."""
+
+    def __init__(self, channels: int, einsum: bool) -> None:
+        super().__init__()
+        self.left, self.right, self.einsum = nn.Linear(channels, 3), nn.Linear(channels, 2), einsum
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), self.right(x)
+        if self.einsum:
+            return torch.einsum("bc,bd->bcd", left, right).flatten(1)
+        return (left.unsqueeze(2) * right.unsqueeze(1)).reshape(x.shape[0], 6)
+
+
+@block("vector")
+def outer_product(draw: Draw, signal: Signal) -> Made:
+    return OuterProduct(signal.channels, draw.flag()), vector(6)
+
+
+class Prototypes(nn.Module):
+    """Distances to, or similarities with, learned points."""
+
+    def __init__(self, channels: int, how: str) -> None:
+        super().__init__()
+        self.points, self.how = nn.Parameter(torch.randn(5, channels)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "distance":
+            return torch.exp(-torch.cdist(x, self.points) / 4)
+        if self.how == "difference":
+            return (x.unsqueeze(1) - self.points).square().mean(-1)
+        return F.linear(F.normalize(x, dim=-1, eps=1e-2), F.normalize(self.points, dim=-1))
+
+
+@block("vector")
+def prototypes(draw: Draw, signal: Signal) -> Made:
+    how = draw.one_of("distance", "difference", "cosine")
+    draw.note(f"prototypes:{how}")
+    return Prototypes(signal.channels, how), vector(5)
+
+
+class Rearranged(nn.Module):
+    """Picks channels by index, and mixes them in ways without a rule."""
+
+    def __init__(self, channels: int, dim: int, how: str) -> None:
+        super().__init__()
+        self.dim, self.how = dim, how
+        self.register_buffer("order", (torch.arange(channels) * 3 + 1) % channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "index":
+            return x.index_select(self.dim, self.order)
+        if self.how == "flip":
+            return torch.flip(x, (self.dim,))
+        if self.how == "roll":
+            return x.roll(1, self.dim)
+        if self.how == "sort":
+            return x.sort(self.dim)[0]
+        if self.how == "cumsum":
+            return x.cumsum(self.dim) / 4
+        if self.how == "repeat":
+            return x.repeat_interleave(2, self.dim).narrow(self.dim, 0, self.order.shape[0])
+        return torch.where(x > x.mean(self.dim, keepdim=True), x, torch.zeros_like(x))
+
+
+@block("image", "tokens", "vector")
+def rearranged(draw: Draw, signal: Signal) -> Made:
+    how = draw.one_of("index", "flip", "roll", "sort", "cumsum", "repeat", "sparse")
+    draw.note(f"rearranged:{how}")
+    return Rearranged(signal.channels, signal.channel_dim, how), signal
+
+
+class Constants(nn.Module):
+    """Concatenates constant or learned channels (coordinates, a memory), or adds constants."""
+
+    def __init__(self, signal: Signal, learned: bool, added: bool) -> None:
+        super().__init__()
+        shape = signal.shape if added else signal.wide(2).shape
+        values = torch.randn(shape)
+        self.dim, self.added = signal.channel_dim, added
+        if learned:
+            self.values = nn.Parameter(values)
+        else:
+            self.register_buffer("values", values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values.expand(x.shape[0], *self.values.shape)
+        return x + values if self.added else torch.cat((x, values), self.dim)
+
+
+@block("image", "tokens", "vector")
+def constants(draw: Draw, signal: Signal) -> Made:
+    added = draw.flag()
+    return Constants(signal, draw.flag(), added), signal if added else signal.wide(signal.channels + 2)
+
+
+class MovingCenter(nn.Module):
+    """Subtracts a moving average that it keeps in a buffer."""
+
+    def __init__(self, signal: Signal) -> None:
+        super().__init__()
+        self.dims = tuple(d for d in range(1 + len(signal.shape)) if d != 1 + len(signal.shape) + signal.channel_dim)
+        self.shape = (-1, *(1,) * (-1 - signal.channel_dim))
+        self.register_buffer("mean", 0.3 * torch.randn(signal.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(self.dims))
+        return x - self.mean.view(self.shape)
+
+
+@block("image", "tokens", "vector")
+def moving_center(draw: Draw, signal: Signal) -> Made:
+    return MovingCenter(signal), signal
+
+
+class WrittenView(nn.Module):
+    """Writes to a view of what a layer made."""
+
+    def __init__(self, inner: nn.Module, dim: int, how: str) -> None:
+        super().__init__()
+        self.inner, self.dim, self.how = inner, dim, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x) * 1.0
+        first, second = y.chunk(2, self.dim)
+        if self.how == "view":
+            first.sigmoid_()
+            return y
+        if self.how == "earlier view":
+            y.add_(0.5)
+            return torch.cat((second, first), self.dim)
+        first += second.tanh()
+        return first
+
+
+@block("image", "tokens", "vector")
+def written_view(draw: Draw, signal: Signal) -> Made:
+    how = draw.one_of("view", "earlier view", "halves")
+    draw.note(f"written_view:{how}")
+    out = signal.wide(8)
+    return WrittenView(layer(draw, signal, 8)[0], signal.channel_dim, how), out.wide(4) if how == "halves" else out
+
+
+class Auxiliary(nn.Module):
+    """Scores that are features too."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.scores, self.dim = nn.Linear(channels, 2), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x, self.scores(x).softmax(-1)), self.dim)
+
+
+@block("tokens", "vector")
+def auxiliary(draw: Draw, signal: Signal) -> Made:
+    return Auxiliary(signal.channels, signal.channel_dim), signal.wide(signal.channels + 2)
+
+
+class Quotient(nn.Module):
+    def __init__(self, top: nn.Module, bottom: nn.Module) -> None:
+        super().__init__()
+        self.top, self.bottom = top, bottom
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(x) / (F.softplus(self.bottom(x)) + 0.5)
+
+
+@block("image", "tokens", "vector")
+def quotient(draw: Draw, signal: Signal) -> Made:
+    """Features divided by features that are never zero."""
+    out = draw.channels()
+    return Quotient(layer(draw, signal, out)[0], layer(draw, signal, out)[0]), signal.wide(out)
+
+
+@block("tokens")
+def encoder_layer(draw: Draw, signal: Signal) -> Made:
+    if signal.channels % 2:
+        return stage(draw, signal)
+    inner = nn.TransformerEncoderLayer(signal.channels, 2, 8, dropout=0.1, batch_first=True, norm_first=draw.flag())
+    return inner, signal
+
+
+class WindowAttention(nn.Module):
+    """Attention with relative positions looked up in a table, after a cyclic shift."""
+
+    def __init__(self, signal: Signal) -> None:
+        super().__init__()
+        length, channels = signal.shape
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.table = nn.Parameter(torch.randn(2 * length - 1, 2))
+        places = torch.arange(length)
+        self.register_buffer("index", places[:, None] - places[None, :] + length - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.roll(x, 1, 1)
+        q, k, v = self.qkv(y).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index].permute(2, 0, 1)
+        scores = torch.matmul(q, k.transpose(-2, -1)) / 2 + bias.unsqueeze(0)
+        y = torch.matmul(F.softmax(scores, dim=-1), v).transpose(1, 2).flatten(2)
+        return x + torch.roll(y, -1, 1)
+
+
+@block("tokens")
+def window_attention(draw: Draw, signal: Signal) -> Made:
+    return (WindowAttention(signal), signal) if signal.channels % 2 == 0 else stage(draw, signal)
+
+
 #: Blocks that keep the kind of a signal and its positions, and so may stand inside others.
 SAME_POSITIONS = (
     "norm", "activation", "noise", "stage", "residual", "padded_residual", "branches", "split", "gate",
     "squeeze_excite", "twice", "tied", "scale_shift", "maxout", "position_mixer", "attention", "feed_forward",
-    "recurrent", "padded", "bilinear",
+    "recurrent", "padded", "bilinear", "computed_weight", "dynamic_weight", "mixture", "shared_stages", "channel_attention",
+    "outer_product", "prototypes", "rearranged", "constants", "moving_center", "written_view", "auxiliary", "quotient",
+    "encoder_layer", "window_attention",
 )  # fmt: skip
 
 
@@ -1174,6 +1586,8 @@ def _generate(draw: Draw, front: str) -> Generated:
     head = _head(draw, signal, entry)
     conditioned = front == "conditioned"
     net: nn.Module = Network(nn.Identity() if conditioned else entry, nn.Sequential(*parts), head, name, quirk)
+    for parameter in net.parameters() if draw.one_of(False, False, False, True) else ():
+        parameter.requires_grad_(draw.one_of(True, True, False))
     if conditioned:
         net = Conditioned(entry, nn.Linear(shapes[1][0], 2 * CHANNELS[1]), net)
     return Generated(net, shapes, front == "ids", tuple(draw.blocks), draw.smallest_batch)

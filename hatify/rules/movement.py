@@ -56,7 +56,7 @@ rule(
     "moveaxis", "squeeze", "unsqueeze", "unflatten", "t", "adjoint", "ravel", "chunk", "split", "tensor_split",
     "unbind", "select", "narrow", "roll", "flip", "tile", "repeat", "repeat_interleave", "expand", "expand_as",
     "broadcast_to", "index_select", "gather", "tril", "triu", "diagonal", "as_strided", "contiguous", "clone",
-    "detach", "unfold", "take_along_dim", "mT", "squeeze_", "unsqueeze_",
+    "detach", "unfold", "take_along_dim", "squeeze_", "unsqueeze_",
 )(run_on_labels)  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def attribute(call: Call) -> Labels:
     """``x.T`` and ``x.mT`` move data; other attributes (shape, device, …) carry no labels."""
     labels = call.label(0)
     if isinstance(labels, Tensor) and isinstance(call.out, Tensor):
-        moved = call.args[1] in ("T", "mT", "H", "mH", "data")
+        moved = call.args[1] in ("T", "H", "mH", "data")
         return getattr(labels, call.args[1]) if moved else call.all_on()
     return call.all_on()
 
