@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from hatify.errors import HatError
 
@@ -128,6 +129,31 @@ class AnsweringTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         return forward(*args, **kwargs) if self.answering else super().call_module(m, forward, args, kwargs)
+
+
+#: Functions of torch that make tensors from sizes alone, and therefore do not notice a proxy by themselves.
+FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
+
+
+@contextmanager
+def factories_recorded(tracer: fx.Tracer) -> Iterator[None]:
+    """Record calls such as ``torch.arange(length)`` in the graph when a size is a proxy."""
+    originals = {name: getattr(torch, name) for name in FACTORIES}
+
+    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            found = any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs)))
+            return tracer.create_proxy("call_function", original, args, kwargs) if found else original(*args, **kwargs)
+
+        return factory
+
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, recording(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
 
 
 def _in_evaluation(module: nn.Module) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hatify.answers import AnsweringTracer
+from hatify.answers import AnsweringTracer, factories_recorded
 from hatify.errors import ConversionError
 from hatify.nn.functional import by_mode
 
@@ -235,7 +235,7 @@ def _trace_with(tracer: HatTracer, net: nn.Module, arguments: dict[str, Any]) ->
         if parameters[name].kind not in variadic and (value is None or isinstance(value, (bool, int, float, str)))
     }
     try:
-        with _buffers_kept(net, tracer):
+        with _buffers_kept(net, tracer), factories_recorded(tracer):
             graph = tracer.trace(net, concrete_args=fixed)
     except ConversionError:
         raise

@@ -86,6 +86,8 @@ def found_to_move(call: Call) -> Labels:
     for numbered, value in zip(moved, found, strict=True):
         if not isinstance(numbered, Tensor):
             continue
+        if not numbered.is_floating_point():
+            return None
         inside = (numbered >= 0) & (numbered <= x.numel()) & (numbered == numbered.round())
         if not inside.all() or not torch.equal(values[numbered.long()], value):
             return None
