@@ -64,7 +64,9 @@ def main() -> int:
     torch.manual_seed(args.seed)
     train, test = digit_tasks(args.seed)
     net = timm.create_model(args.model, pretrained=False, in_chans=1, num_classes=10)
-    model = hatify.hatify(net, NUM_TASKS, example_inputs=(train[0][0][:2],), num_classes=2)
+    # Steeper than usual: gradients of the masks grow with s_max, and seventy steps a task are few for layers of up to
+    # 512 features.
+    model = hatify.hatify(net, NUM_TASKS, example_inputs=(train[0][0][:2],), num_classes=2, s_max=400.0)
     record = Record([f"{2 * task}/{2 * task + 1}" for task in range(NUM_TASKS)], test)
 
     console = Console()

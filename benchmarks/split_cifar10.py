@@ -110,8 +110,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.05, help="peak of the one-cycle learning rate (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--regularization", type=float, default=0.3, help="weight of Eq. 5 (%(default)s)")
-    # Compensated gradients grow with s_max and with the narrowness of a layer: at 400, resnet20's 16 features were
-    # all driven off within the first epoch.
+    # Compensated gradients grow with s_max and with the narrowness of a layer: at 400, resnet20's layers of 16
+    # features had every feature off after the first epoch but the one that is always kept.
     parser.add_argument("--s-max", type=float, default=100.0, help="upper bound of the mask scale (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

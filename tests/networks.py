@@ -1141,18 +1141,20 @@ def dynamic_weight(draw: Draw, signal: Signal) -> Made:
 class Mixture(nn.Module):
     """A weighted sum of experts; the weights are learned, or computed from the input."""
 
-    def __init__(self, experts: Sequence[nn.Module], router: nn.Module | None, dims: tuple[int, ...]) -> None:
+    def __init__(self, experts: Sequence[nn.Module], router: nn.Module | None, signal: Signal) -> None:
         super().__init__()
-        self.experts, self.router, self.dims = nn.ModuleList(experts), router, dims
+        self.experts, self.router = nn.ModuleList(experts), router
+        self.ones = (1,) * len(signal.shape)
+        self.dims = tuple(range(2, 1 + len(signal.shape))) if signal.kind == "image" else (1,)[: len(signal.spatial)]
         self.weights = nn.Parameter(torch.randn(len(experts))) if router is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = torch.stack([expert(x) for expert in self.experts], 0)
         if self.router is None:
-            return (self.weights.softmax(0).view(-1, *(1,) * (outputs.ndim - 1)) * outputs).sum(0)
+            return (self.weights.softmax(0).view(-1, 1, *self.ones) * outputs).sum(0)
         squeezed = x.mean(self.dims) if self.dims else x
-        weights = self.router(squeezed).softmax(-1).t()
-        return (weights.reshape(*weights.shape, *(1,) * (outputs.ndim - 2)) * outputs).sum(0)
+        weights = self.router(squeezed).softmax(-1).t().reshape(len(self.experts), -1, *self.ones)
+        return (weights * outputs).sum(0)
 
 
 @block("image", "tokens", "vector")
@@ -1160,9 +1162,7 @@ def mixture(draw: Draw, signal: Signal) -> Made:
     out = draw.channels()
     experts = [layer(draw, signal, out)[0] for _ in range(2)]
     router = nn.Linear(signal.channels, 2) if draw.flag() else None
-    spatial = len(signal.spatial)
-    dims = {"image": tuple(range(2, 2 + spatial)), "tokens": (1,), "vector": ()}[signal.kind]
-    return Mixture(experts, router, dims), signal.wide(out)
+    return Mixture(experts, router, signal), signal.wide(out)
 
 
 class SharedStages(nn.Module):
@@ -1333,14 +1333,14 @@ class Constants(nn.Module):
         super().__init__()
         shape = signal.shape if added else signal.wide(2).shape
         values = torch.randn(shape)
-        self.dim, self.added = signal.channel_dim, added
+        self.dim, self.added, self.shape = signal.channel_dim, added, shape
         if learned:
             self.values = nn.Parameter(values)
         else:
             self.register_buffer("values", values)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.values.expand(x.shape[0], *self.values.shape)
+        values = self.values.expand(x.shape[0], *self.shape)
         return x + values if self.added else torch.cat((x, values), self.dim)
 
 
@@ -1379,7 +1379,7 @@ class WrittenView(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x) * 1.0
-        first, second = y.chunk(2, self.dim)
+        first, second = y.narrow(self.dim, 0, 4), y.narrow(self.dim, 4, 4)
         if self.how == "view":
             first.sigmoid_()
             return y

@@ -50,8 +50,10 @@ def assert_sound(net, model, *inputs):
     for task in range(2):
         model.begin_task(task)
         with torch.no_grad():
+            # Half of the features, in an order without a period that a wrong index could hide behind.
             slots = torch.arange(model.task_state.num_slots)
-            model.task_state.embeddings[task].copy_(torch.where(slots % (2 + task) == 0, 1.0, -1.0))
+            on = (slots * (0.618034, 0.754878)[task]) % 1 < 0.5
+            model.task_state.embeddings[task].copy_(torch.where(on, 1.0, -1.0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
         for _ in range(2):
             optimizer.zero_grad()
@@ -322,6 +324,10 @@ NORMS = {
     "RMSNorm": lambda: (nn.RMSNorm(WIDTH), 0),
     "LayerNorm2d": lambda: (timm.layers.LayerNorm2d(WIDTH), 2),
     "BatchNormAct2d": lambda: (timm.layers.BatchNormAct2d(WIDTH), 2),
+    "BatchNormAct2d with an activation that is not zero at zero": lambda: (
+        timm.layers.BatchNormAct2d(WIDTH, act_layer=nn.Sigmoid),
+        2,
+    ),
     "subclass": lambda: (type("Mine", (nn.BatchNorm2d,), {})(WIDTH), 2),
 }
 

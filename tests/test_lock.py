@@ -87,9 +87,11 @@ def train(model, task, optimizer, steps=3):
 @torch.no_grad()
 def outputs(model, task):
     """What a task answers, in evaluation mode."""
-    x, _ = batch(99)
+    (x, _), training = batch(99), model.training
     with model.task(task):
-        return model(x)
+        answer = model.eval()(x)
+    model.train(training)
+    return answer
 
 
 def finished_model(optimizer=None):
@@ -198,6 +200,19 @@ def test_parameters_of_finished_tasks_get_no_gradient():
     loss_of(model, 1).backward()
     assert all(p.grad is None for p in model.get_submodule("head")[0].parameters())
     assert all(p.grad is not None for p in model.get_submodule("head")[1].parameters())
+
+
+def test_parameters_that_are_locked_as_a_whole_get_no_gradient():
+    model = make_model()
+    model.begin_task(0)
+    model.end_task()
+    model.begin_task(1)
+    loss_of(model, 1).backward()
+    assert all(mask.all() for mask in model.masks(0).values())
+    for name in model.uses:
+        grad = model.get_parameter(name).grad
+        assert grad is None or not grad.any()
+    assert (model.task_state.embeddings[1].grad != 0).any()
 
 
 def test_nothing_is_locked_while_no_task_is_finished():
@@ -426,6 +441,7 @@ def with_the_gradient_of_autograd(model, optimizer):
     ],
     ids=lambda step: step.__name__,
 )
+@pytest.mark.filterwarnings("error:.*put back")
 def test_finished_tasks_stay_however_the_step_is_made(step):
     model = finished_model()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -434,6 +450,7 @@ def test_finished_tasks_stay_however_the_step_is_made(step):
     set_masks(model, 1)
     for _ in range(3):
         step(model, optimizer)
+        assert torch.equal(outputs(model, 0), expected)
     assert not torch.equal(model.get_parameter("up.weight"), before)
     model.end_task()
     assert torch.equal(outputs(model, 0), expected)
@@ -458,9 +475,7 @@ def test_finished_tasks_can_be_asked_between_two_steps():
         optimizer.zero_grad()
         loss_of(model, 1, step).backward()
         optimizer.step()
-        model.eval()
         assert torch.equal(outputs(model, 0), expected)
-        model.train()
 
 
 def assert_locked_entries_are(model, weights, finished):
@@ -498,6 +513,16 @@ def test_training_that_diverges_moves_nothing_that_is_finished(value):
         model.end_task()
     model.abort_task()
     assert torch.equal(outputs(model, 0), expected)
+
+
+def test_embeddings_stay_where_their_gradient_reaches_them():
+    model = make_model()
+    model.begin_task(0)
+    optimizer = optim.SGD([model.task_state.embeddings[0]], lr=1e4)
+    (1e3 * loss_of(model, 0)).backward()
+    optimizer.step()
+    e = model.task_state.embeddings[0].detach()
+    assert e.abs().max() == 6.0
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

@@ -184,6 +184,34 @@ def test_features_that_meet_have_one_mask(x):
     assert masks["stem"].tolist() == masks["block"].tolist() == [False] * 2 + [True] * 4
 
 
+def test_apart_a_sum_is_on_where_either_term_is():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.norm = nn.Linear(5, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+            self.last, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(self.last(self.norm(x + self.block(x))).relu())
+
+    x = torch.randn(3, 5)
+    model = hatify(Residual(), 2, (x,), couple=False)
+    model.begin_task(0)
+    with torch.no_grad():
+        for (start, stop), value in zip(
+            model.task_state.groups.values(), ([1, 1, -1, -1], [1, -1, 1, -1], [1, 1, -1]), strict=True
+        ):
+            model.task_state.embeddings[0][start:stop] = torch.tensor(value)
+    model.end_task()
+    seen = {}
+    model.get_submodule("last").register_forward_hook(lambda module, args, out: seen.update(x=args[0]))
+    model(x)
+    assert (seen["x"] != 0).all(0).tolist() == [True, True, True, False]
+    assert (seen["x"][:, 3] == 0).all()
+    verify_isolation(model)
+
+
 @pytest.mark.parametrize(
     ("init", "check"),
     [
