@@ -21,8 +21,8 @@ from hatify.rules.registry import RULES
 
 #: Operations between an output layer and the output that make no features: besides data movement.
 _OUTPUT_ACTIVATIONS = {
-    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "sum", "dropout", "div", "truediv",
-    "mul", "add", "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
+    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "sum", "max", "amax", "dropout", "div",
+    "truediv", "mul", "add", "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
 }  # fmt: skip
 
 

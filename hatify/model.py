@@ -365,8 +365,9 @@ def _taken(model: HatModel, name: str) -> bool:
 
 def _check_modes(model: HatModel, inputs: Any) -> None:
     """Where the two modes have graphs of their own, the parts whose code looks at the mode must be in the same one."""
+    modules = dict(model.named_modules())
     for name in model._mode_readers:
-        if model.get_submodule(name).training != model.training:
+        if modules[name].training != model.training:
             mode = "training" if model.training else "evaluation"
             raise TaskError(
                 f"{name} is not in {mode} mode, but the model is: this network takes different paths in the two modes, "

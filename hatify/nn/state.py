@@ -106,9 +106,8 @@ class TaskState(nn.Module):
         on = embedding > 0
         layers = len(self.groups)
         largest = embedding.new_full((layers,), -torch.inf).scatter_reduce(0, self.layer, embedding, "amax")
-        empty = (
-            torch.zeros(layers, dtype=torch.bool, device=on.device).index_put((self.layer[on],), on.new_ones(())) == 0
-        )
+        any_on = embedding.new_zeros(layers).scatter_reduce(0, self.layer, on.to(embedding.dtype), "amax")
+        empty = any_on == 0
         return on | (empty[self.layer] & (embedding == largest[self.layer]))
 
     def masks_from(self, gates: Tensor) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ def run_on_labels(call: Call) -> Labels:
 
 
 def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
+    if _unknown((args, kwargs)):
+        return call.all_on()
     if call.node.op == "call_method":
         target = getattr(torch.Tensor, str(call.node.target))
     else:
@@ -66,6 +68,11 @@ def run_on_all_labels(call: Call) -> Labels:
     return _run(call, tuple(call.labels_of(arg) for arg in call.node.args), call.kwargs)
 
 
+def _unknown(arguments: Any) -> bool:
+    """Whether some index has no values: it is on the meta device."""
+    return any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(arguments))
+
+
 def found_to_move(call: Call) -> Labels:
     """Labels of a function without a rule that is found to move elements of its first argument; None if it does more.
 
@@ -74,6 +81,9 @@ def found_to_move(call: Call) -> Labels:
     """
     if call.node.op != "call_function" or not call.args or not isinstance(call.args[0], Tensor):
         return None
+    others = tree_leaves((call.args[1:], call.kwargs))
+    if any(isinstance(t, Tensor) and t.is_floating_point() for t in others):
+        return None  # a second operand may just happen to be zero now
     x, move = call.args[0], call.node.target
     assert callable(move)
     numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64)
@@ -98,6 +108,8 @@ def found_to_move(call: Call) -> Labels:
 def item(call: Call) -> Labels:
     """An element of a container, or an indexed tensor."""
     labels = call.label(0)
+    if isinstance(labels, Tensor) and _unknown(call.args[1]):
+        return call.all_on()
     return None if labels is None else labels[call.args[1]]
 
 
