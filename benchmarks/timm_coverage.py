@@ -13,20 +13,21 @@ import csv
 import fnmatch
 import gc
 import logging
+import math
 import multiprocessing
 import os
-import random
 import signal
 import statistics
 import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,13 @@ WELL_KNOWN = (
 #: Conversion times that are promised: on the model's own input size.
 TIMED = {"resnet50": 1.5, "vit_base_patch16_224": 3.0, "swin_base_patch4_window7_224": 10.0}
 
+#: The smallest of these files are too large to be trained here several times over: fewer blocks of the same kind.
+REDUCED = {"deepseek_vit_412m": {"depth": 2}, "gemma4_vit_167m": {"depth": 2}}
+
 POLICIES = ("shared", "row", "unmasked", "masked", "norm", "head", "per_task", "unused")
 STRUCTURE = ("converts", "device", "seconds_meta", "error")
-NUMBERS = ("verified", "image", "seconds", "parity", "parity_training", "drift", "isolated", "tightness", "missing",
-           "numbers_error")  # fmt: skip
+NUMBERS = ("verified", "image", "seconds", "parity", "parity_training", "drift", "isolated", "tightness", "loosest",
+           "missing", "numbers_error")  # fmt: skip
 COLUMNS = ("name", "file", "parameters", *STRUCTURE, *NUMBERS, *POLICIES)
 
 Row = dict[str, Any]
@@ -87,7 +91,8 @@ class Recipe:
 
     def network(self) -> nn.Module:
         """A fresh network, on the default device."""
-        return timm.create_model(self.name, **({"img_size": self.edge} if self.built_for else {}))
+        size = {"img_size": self.edge} if self.built_for else {}
+        return timm.create_model(self.name, **size, **REDUCED.get(self.name, {}))
 
     def images(self, seed: int, batch: int = BATCH) -> Tensor:
         """Noise of shape (batch, channels, edge, edge)."""
@@ -192,14 +197,15 @@ def shapes(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[int, ...]
 
 
 def has_own_classifiers(model: hatify.HatModel, network: Any) -> bool:
-    """Whether every parameter of what timm calls the classifier is a head."""
-    if not network.num_classes or not hasattr(network, "get_classifier"):
+    """Whether every task has its own of what timm calls the classifier (which may hold a normalisation, too)."""
+    if not getattr(network, "num_classes", 0) or not hasattr(network, "get_classifier"):
         return True
     found = network.get_classifier()
     layers = found if isinstance(found, tuple) else (found,)
     own = {id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters()}
     names = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in own}
-    return all(str(entry.policy) == "head" for entry in model.census if entry.name in names)
+    policies = {str(entry.policy) for entry in model.census if entry.name in names}
+    return policies <= {"head", "norm", "per_task", "unused"} and ("head" in policies or not own)
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -210,24 +216,28 @@ def numbers(name: str) -> Row:
     recipe = smallest_recipe(name)
     torch.manual_seed(0)
     network = enliven(recipe.network())
-    images = recipe.images(1)
-    row: Row = {"image": recipe.edge, "parameters": sum(p.numel() for p in network.parameters())}
-    model = hatify.hatify(network, 2, (images,))
-    row.update(shares(model))
-    row.update(parity=parity(network, model, recipe), parity_training=parity_in_training(network, model, images))
-    row.update(drift=drift(model, recipe))
-    try:
-        hatify.verify_isolation(model)
-        row.update(isolated="yes")
-    except hatify.IsolationError as error:
-        row.update(isolated=f"no: {error}")
+    model = hatify.hatify(network, 2, (recipe.images(1),))
+    row: Row = {"image": recipe.edge, "parameters": sum(p.numel() for p in network.parameters()), **shares(model)}
+    differences = parity(network, model, recipe), parity_in_training(network, model, recipe)
+    moved = drift(model, recipe)
+    isolated = isolation(model)
     row.update(tightness(model, recipe))
     del model
     gc.collect()
-    row.update(seconds=round(seconds_to_convert(network if not recipe.built_for else timm.create_model(name)), 2))
-    good = row["isolated"] == "yes" and row["drift"] == 0 and row["parity"] < 1e-4 and not row["missing"]
+    row.update(
+        seconds=round(seconds_to_convert(name), 2),
+        parity=f"{differences[0]:.1e}",
+        parity_training=f"{differences[1]:.1e}",
+        drift=moved,
+        isolated=isolated,
+    )
+    good = max(differences) < TOLERANCE and moved == 0 and isolated == "yes" and row["missing"] == 0
     row.update(verified="yes" if good else "no")
     return row
+
+
+#: Of float rounding, relative to the largest output.
+TOLERANCE = 1e-4
 
 
 def parity(network: nn.Module, model: hatify.HatModel, recipe: Recipe) -> float:
@@ -245,9 +255,10 @@ def parity(network: nn.Module, model: hatify.HatModel, recipe: Recipe) -> float:
     return worst
 
 
-def parity_in_training(network: nn.Module, model: hatify.HatModel, images: Tensor) -> float:
-    """As `parity`, in training mode and with the same random numbers; the model is left as it was."""
+def parity_in_training(network: nn.Module, model: hatify.HatModel, recipe: Recipe) -> float:
+    """As `parity`, in training mode and with the same random numbers; both networks are left as they were."""
     saved = {name: value.clone() for name, value in network.state_dict().items()}
+    images = recipe.images(2)
     network.train()
     model.begin_task(0)
     with torch.no_grad():
@@ -281,6 +292,15 @@ def drift(model: hatify.HatModel, recipe: Recipe) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)) or float("nan")
 
 
+def isolation(model: hatify.HatModel) -> str:
+    """ "yes", or what `hatify.verify_isolation` found."""
+    try:
+        hatify.verify_isolation(model)
+    except hatify.IsolationError as error:
+        return f"no: {error}"
+    return "yes"
+
+
 def learn(model: hatify.HatModel, task: int, recipe: Recipe, steps: int = 2) -> None:
     """A task of noise: random half of its features on, and as many steps of AdamW with weight decay."""
     model.begin_task(task)
@@ -306,8 +326,8 @@ def tightness(model: hatify.HatModel, recipe: Recipe, task: int = 0) -> Row:
 
     Dependence is a derivative in float64 that is not zero, for any of a few random inputs and projections of the
     outputs. Entries of one convolution kernel count together, since which of them meet only padding depends on the
-    image size, and bends of activations are made smooth (see `Smooth`). ``missing`` counts entries that matter and are
-    not locked.
+    image size, and bends of activations are made smooth (see `Smooth`). ``loosest`` names the parameters with most
+    entries locked for nothing, as locked/needed; ``missing`` counts entries that matter and are not locked.
     """
     model.double().eval()
     parameters = {name: p for name, p in model.named_parameters() if name in model.uses}
@@ -327,11 +347,12 @@ def tightness(model: hatify.HatModel, recipe: Recipe, task: int = 0) -> Row:
     counts = {name: (int(locked[name].sum()), int(needed[name].sum())) for name in parameters}
     missing = sum(int((needed[name] & ~locked[name]).sum()) for name in parameters)
     all_locked, all_needed = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
-    worst = sorted(counts, key=lambda name: counts[name][1] - counts[name][0])[:8]
+    worst = sorted(counts, key=lambda name: counts[name][1] - counts[name][0])[:3]
+    loosest = [f"{name} {a}/{b}" for name in worst for a, b in [counts[name]] if a - b > 0.001 * all_locked]
     return {
-        "tightness": round(all_locked / max(1, all_needed), 4),
+        "tightness": f"{all_locked / max(1, all_needed):.4f}",
+        "loosest": "; ".join(loosest),
         "missing": missing,
-        "excess": {name: counts[name] for name in worst if counts[name][0] > counts[name][1]},
     }
 
 
@@ -365,8 +386,9 @@ SMOOTH: dict[Any, Callable[[Tensor], Tensor]] = {
 }
 
 
-def seconds_to_convert(network: nn.Module) -> float:
-    """Of the network on its own input size."""
+def seconds_to_convert(name: str) -> float:
+    """Of the network as timm makes it, for the input size that is its own."""
+    network = timm.create_model(name, **REDUCED.get(name, {}))
     start = time.perf_counter()
     hatify.hatify(network, 2)
     return time.perf_counter() - start
@@ -375,38 +397,22 @@ def seconds_to_convert(network: nn.Module) -> float:
 # Running -------------------------------------------------------------------------------------------------------------
 
 
-def smallest_of_every_file(names: Iterable[str], known: dict[str, Row]) -> dict[str, str]:
-    """The model with fewest parameters of every model file, as {file: name}; `known` rows save counting again."""
-    best: dict[str, tuple[int, str]] = {}
-    for name in names:
-        count = int(known.get(name, {}).get("parameters") or 0) or _count(name)
-        best[file_of(name)] = min(best.get(file_of(name), (count, name)), (count, name))
-    return {file: name for file, (_, name) in sorted(best.items())}
-
-
-def _count(name: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
-
-
-def file_of(name: str) -> str:
-    """The timm model file that defines a name."""
-    return next(file for file in list_modules() if is_model_in_modules(name, file))
-
-
 def measure(kind: str, name: str, limit: float) -> Row:
-    """One job of a worker process: the row, with the error in it if there was one."""
-    measuring = {"structure": structure, "numbers": numbers}[kind]
+    """One job of a worker process: a row, with the error in it if there was one."""
     row: Row = {}
     try:
         with time_limit(limit), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            row = measuring(name)
+            row = {"structure": structure, "numbers": numbers}[kind](name)
     except Exception as error:
-        row = {"error": brief(error)} | {"converts": "no"} if kind == "structure" else {"numbers_error": brief(error)}
-        row["traceback"] = traceback.format_exc()
+        row = failed(kind, brief(error)) | {"traceback": traceback.format_exc()}
     gc.collect()
     return {"name": name, "file": file_of(name), **row}
+
+
+def failed(kind: str, reason: str) -> Row:
+    """What is written of a job that came to no end."""
+    return {"converts": "no", "error": reason} if kind == "structure" else {"verified": "no", "numbers_error": reason}
 
 
 @contextmanager
@@ -428,3 +434,204 @@ def time_limit(seconds: float) -> Iterator[None]:
 def brief(error: BaseException | None) -> str:
     """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def run(kind: str, names: Sequence[str], processes: int, limit: float, deadline: float) -> Iterator[Row]:
+    """Measure in worker processes, one thread each; no job is begun after `deadline`, in seconds of `time.monotonic`.
+
+    Each worker has a pool of its own, so that one that dies (for lack of memory, say) takes no other job along.
+    """
+    waiting = deque(names)
+    pools = [new_pool() for _ in range(min(processes, len(names)))]
+    running: dict[Future[Row], tuple[int, str]] = {}
+    idle = list(range(len(pools)))
+    try:
+        while True:
+            while idle and waiting and time.monotonic() < deadline:
+                name, slot = waiting.popleft(), idle.pop()
+                running[pools[slot].submit(measure, kind, name, limit)] = slot, name
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                slot, name = running.pop(future)
+                idle.append(slot)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    pools[slot] = new_pool()
+                    yield {"name": name, "file": file_of(name), **failed(kind, "the process was killed")}
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+def new_pool() -> ProcessPoolExecutor:
+    """A pool of one process, which computes with one thread."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def smallest_of_every_file(known: dict[str, Row]) -> list[str]:
+    """The model with fewest parameters of every model file; `known` rows save counting again."""
+    best: dict[str, tuple[int, str]] = {}
+    for name in all_names():
+        count = int(known.get(name, {}).get("parameters") or 0) or parameters_of(name)
+        best[file_of(name)] = min(best.get(file_of(name), (count, name)), (count, name))
+    return [name for _, name in sorted(best.values())]
+
+
+def parameters_of(name: str) -> int:
+    """How many parameters a network has."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name).parameters())
+
+
+def all_names() -> list[str]:
+    """Every name of timm's own."""
+    return timm.list_models(exclude_filters="hat_*")
+
+
+@cache
+def file_of(name: str) -> str:
+    """The timm model file that defines a name."""
+    return next(file for file in list_modules() if is_model_in_modules(name, file))
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[str, Row]:
+    """Rows by name; none if there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["name"]: dict(row) for row in csv.DictReader(file)}
+
+
+def save(path: Path, rows: dict[str, Row]) -> None:
+    """All rows, by file and name. Whoever reads meanwhile sees the old file or the new one."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows.values(), key=lambda row: (row["file"], row["name"])))
+    os.replace(part, path)
+
+
+def summary(rows: dict[str, Row]) -> str:
+    """A Markdown table of the counts, and of what is not as promised."""
+    converted = [row for row in rows.values() if row["converts"]]
+    measured = [row for row in rows.values() if row["verified"]]
+    tight = {row["name"]: float(row["tightness"]) for row in measured if row["tightness"]}
+    smallest = set(smallest_of_every_file(rows))
+    by_file = [value for name, value in tight.items() if name in smallest]
+    worst = sorted(tight, key=lambda name: -tight[name])[:5]
+
+    def largest(column: str) -> str:
+        return f"{max((float(row[column]) for row in measured if row[column]), default=math.nan):.1e}"
+
+    def count(chosen: list[Row], column: str) -> str:
+        return f"{sum(row[column] == 'yes' for row in chosen)} of {len(chosen)}"
+
+    lines = [
+        f"| timm {timm.__version__}, {len(all_names())} names in {len(list_files())} files | |",
+        "| --- | --- |",
+        f"| converted | {count(converted, 'converts')} |",
+        f"| verified with numbers | {count(measured, 'verified')}, from {len({r['file'] for r in measured})} files |",
+        f"| isolated bit for bit | {count([r for r in measured if r['isolated']], 'isolated')} |",
+        f"| largest drift of a finished task | {largest('drift')} |",
+        f"| largest difference from the original | {largest('parity')} ({largest('parity_training')} in training) |",
+        f"| locked ÷ needed, median over files | {statistics.median(by_file) if by_file else math.nan:.3f} |",
+        f"| locked ÷ needed, worst five | {', '.join(f'{name} {tight[name]:.2f}' for name in worst)} |",
+    ]
+    times = [f"{n} {rows[n]['seconds']} s (promised: {t} s)" for n, t in TIMED.items() if n in rows]
+    lines.append(f"| seconds to convert, one thread | {', '.join(times)} |")
+    lines += [f"| `{row['name']}` does not convert | {row['error']} |" for row in converted if row["converts"] != "yes"]
+    lines += [
+        f"| `{row['name']}` is not as promised | {row['numbers_error'] or explanation(row)} |"
+        for row in measured
+        if row["verified"] != "yes"
+    ]
+    return "\n".join(lines)
+
+
+def list_files() -> set[str]:
+    """The model files of timm's own names."""
+    return {file_of(name) for name in all_names()}
+
+
+def explanation(row: Row) -> str:
+    """Why a measured row is not verified."""
+    columns = ("parity", "parity_training", "drift", "isolated", "missing")
+    return ", ".join(f"{column} {row[column]}" for column in columns)
+
+
+def chosen(patterns: list[str] | None, files: list[str] | None) -> list[str]:
+    """The names that match one of the patterns and come from one of the files."""
+    return [
+        name
+        for name in all_names()
+        if (not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+        and (not files or file_of(name) in files)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("structure", "numbers", "both"), default="both", help="(%(default)s)")
+    parser.add_argument("--names", nargs="+", metavar="PATTERN", help="only these names, wildcards allowed")
+    parser.add_argument("--files", nargs="+", metavar="FILE", help="only names of these model files, such as resnet")
+    parser.add_argument("--processes", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--time-budget", type=float, default=math.inf, help="begin no model after so many seconds")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one model (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
+    parser.add_argument("--retry", action="store_true", help="measure what was not as promised, too")
+    parser.add_argument("--traceback", action="store_true", help="show where errors come from")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file (%(default)s)")
+    parser.add_argument("--summary", action="store_true", help="only print a table of the results, in Markdown")
+    args = parser.parse_args()
+    logging.getLogger("timm").setLevel(logging.ERROR)
+
+    rows = load(args.output)
+    if args.summary:
+        print(summary(rows))
+        return 0
+
+    deadline = time.monotonic() + args.time_budget
+    console = Console()
+    selected = chosen(args.names, args.files)
+    bad = 0
+    for kind, column in (("structure", "converts"), ("numbers", "verified")):
+        if args.mode not in (kind, "both"):
+            continue
+        names = selected
+        if kind == "numbers" and not args.names:
+            worth = {*smallest_of_every_file(rows), *WELL_KNOWN}
+            names = [name for name in selected if name in worth]
+        done = ("yes",) if args.retry else ("yes", "no")
+        todo = [name for name in names if args.again or rows.get(name, {}).get(column) not in done]
+        with Progress(*PROGRESS, console=console) as progress:
+            bar = progress.add_task(kind, total=len(names), completed=len(names) - len(todo))
+            for row in run(kind, todo, args.processes, args.limit, deadline):
+                stale = dict.fromkeys(STRUCTURE if kind == "structure" else NUMBERS, "")
+                rows[row["name"]] = rows.get(row["name"], {}) | stale | row
+                save(args.output, rows)
+                progress.advance(bar)
+                if row[column] != "yes":
+                    bad += 1
+                    reason = row.get("error") or row.get("numbers_error") or explanation(row)
+                    console.print(f"{row['name']}: {reason}", style="red", markup=False)
+                    if args.traceback:
+                        console.print(row.get("traceback", ""), markup=False)
+    return 1 if bad else 0
+
+
+PROGRESS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

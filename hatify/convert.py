@@ -93,6 +93,14 @@ def _check_arguments(
         raise ConversionError("the network has been converted already")
     if not isinstance(net, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module, not {type(net).__name__}")
+    if isinstance(net, torch.jit.ScriptModule):
+        raise ConversionError("a scripted network cannot be traced: convert the network it was made from")
+    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConversionError(f"convert the network inside {type(net).__name__} (its .module), then wrap the result")
+    if hasattr(net, "_orig_mod"):
+        raise ConversionError("convert the original network (._orig_mod), then compile the result")
+    if "forward" in vars(net):
+        raise ConversionError(f"{type(net).__name__}: forward was replaced on the object; define it in a class")
     if hasattr(net, STATE):
         raise ConversionError(
             f"the attribute {STATE!r} is in the way: that name is reserved for the state of the tasks"

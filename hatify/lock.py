@@ -107,21 +107,23 @@ class Guard:
             for w in self.whole
             if isinstance(w.tensor, nn.Parameter) and w.tensor.requires_grad
         ]
-        self._parameters = {id(p) for p in model.parameters()}
         self._handles.append(register_optimizer_step_post_hook(_StepHook(self)))
         weakref.finalize(self, _remove_all, self._handles)
 
     def _keep_whole(self, name: str, tensor: Tensor) -> None:
         self.whole.append(_Whole(name, tensor, self.saved[name], tensor._version))
 
-    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether `optimizer` updates a parameter of this guard's model."""
-        return any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"])
-
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put locked entries back, and keep embeddings within reach of their gradient."""
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put back the locked entries of what `optimizer` updates, and keep embeddings within reach of their gradient.
+
+        Nothing else is touched: with one optimizer per parameter, stepped during the backward pass, that pass still
+        needs the other parameters as they are.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for p in self.partial:
+            if id(p.parameter) not in held:
+                continue
             # With weights of 0 and 1, lerp is exact, and on a CPU several times faster than where, but it cannot
             # replace a value that is not finite.
             if not p.parameter.is_cuda:
@@ -130,10 +132,11 @@ class Guard:
                     continue
             p.parameter.copy_(torch.where(p.lock.bool(), p.saved, p.parameter))
         for w in self.whole:
-            if w.tensor._version != w.version:
+            if id(w.tensor) in held and w.tensor._version != w.version:
                 w.tensor.copy_(w.saved)
                 w.version = w.tensor._version
-        self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
+        if id(self.embedding) in held:
+            self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
 
     @torch.no_grad()
     def changed(self, model: HatModel) -> dict[str, int]:
@@ -181,8 +184,8 @@ class _StepHook:
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         guard = self.guard()
-        if guard is not None and guard.holds(optimizer):
-            guard.restore()
+        if guard is not None:
+            guard.restore(optimizer)
 
 
 def _remove_all(handles: list[Any]) -> None:

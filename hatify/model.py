@@ -140,6 +140,9 @@ class HatModel(fx.GraphModule):
         saved = None if guard is None else {name: tensor.clone() for name, tensor in guard.saved.items()}
         return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__)
 
+    def __copy__(self) -> HatModel:
+        raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
+
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         saved = None if self._guard is None else self._guard.saved

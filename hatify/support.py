@@ -15,6 +15,7 @@ from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
 from hatify.rules.movement import found_to_move
 from hatify.rules.registry import Call, Findings, Labels, constant_labels, scalar_label
+from hatify.rules.singular import never_masked
 
 
 class SupportInterpreter(fx.Interpreter):
@@ -48,6 +49,7 @@ class SupportInterpreter(fx.Interpreter):
         super().__init__(net, graph=graph)
         self.modules = classification.modules
         self.output_weights = classification.output_weights
+        self.never_masked = never_masked(net, graph, self.modules)
         self.space = space
         self.findings = findings
         self.labels: dict[fx.Node, Labels] = {}
@@ -73,7 +75,18 @@ class SupportInterpreter(fx.Interpreter):
             return None
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        call = Call(node, args, kwargs, out, module, self.space, self.findings, self._labels_of, self.output_weights)
+        call = Call(
+            node,
+            args,
+            kwargs,
+            out,
+            module,
+            self.space,
+            self.findings,
+            self._labels_of,
+            self.output_weights,
+            node in self.never_masked,
+        )
         if not any(isinstance(t, Tensor) for t in torch.utils._pytree.tree_leaves(out)):
             return None
         if module is not None and str(node.target) in self.modules:

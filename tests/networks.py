@@ -430,7 +430,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "keywords": lambda x: torch.add(torch.mul(input=x, other=x.tanh()), other=x),
     "written in place": lambda x: (x * 2).sigmoid_(),
     "added in place": lambda x: x.mul(0.5).add_(0.1),
-    "whole mean": lambda x: x - x.mean(tuple(range(1, x.ndim)), keepdim=True),
     "lerp": lambda x: torch.lerp(x, x.tanh(), 0.5),
 }
 

@@ -89,6 +89,15 @@ def loss(model: HatModel, inputs: Inputs) -> Tensor:
     return sum((y.float() - torch.randn(y.shape)).square().mean() for y in outputs) + 0.1 * model.regularization()
 
 
+def slopes_are_finite(model: HatModel, inputs: Inputs) -> bool:
+    """Whether the loss of the open task and its derivatives are finite; leaves no gradients behind."""
+    value = loss(model, inputs)
+    value.backward()
+    found = all(torch.isfinite(t).all() for t in (value, *(p.grad for p in model.parameters() if p.grad is not None)))
+    model.zero_grad()
+    return found
+
+
 def train(
     model: HatModel,
     optimizer: torch.optim.Optimizer,
@@ -165,18 +174,17 @@ def broken_promises(
                 model.begin_task(task)
                 half_on(model, task, source)
                 batches = [make_inputs(4, 10 * task + i) for i in range(2)]
-                try:
-                    train(model, optimizer or OPTIMIZERS[names[task]](model.parameters()), batches, **options)
-                    model.eval()
+                if not slopes_are_finite(model, batches[0]):
+                    broken.append(f"task {task} is not finite before it has learned anything")
+                train(model, optimizer or OPTIMIZERS[names[task]](model.parameters()), batches, **options)
+                diverged = not all(torch.isfinite(p).all() for p in model.parameters())
+                if not diverged:
                     check(f"while task {task} learned")
-                    if attempt == "finished":
-                        model.end_task()
-                except hatify.HatError:
-                    attempt = "abandoned"  # it diverged
-                if attempt == "abandoned":
+                if diverged or attempt == "abandoned":
                     model.abort_task()
                     check(f"after task {task} was abandoned")
                     continue
+                model.end_task()
                 check(f"after task {task} had learned")
                 known[task] = [answers(model, task, p) for p in probes]
     return broken

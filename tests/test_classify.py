@@ -90,6 +90,13 @@ def between(module, dims=0, features=WIDTH):
     return Between(before, module, features_of, features), torch.randn(2, 3, *(4,) * dims)
 
 
+def assert_features_are_followed(model):
+    """The layer behind reads features that can be off, each at its own slot, so that its columns can be freed."""
+    (use,) = model.uses["behind.weight"]
+    assert (use.read < model.task_state.num_slots).all()
+    assert use.read.unique().numel() == use.read.numel()
+
+
 # Kinds of modules -----------------------------------------------------------------------------------------------------
 
 PLAIN = {
@@ -117,6 +124,8 @@ def test_plain_layers_are_shared_entry_by_entry(make):
     model = hatify(net, 2, (x,))
     assert policy_of(model, "module") == "shared"
     assert model.masks(0)["module"].shape == (features,)
+    if getattr(module, "groups", 1) != WIDTH:  # a depthwise convolution passes on the features it gets
+        assert_features_are_followed(model)
     assert_sound(net, model, x)
 
 
@@ -188,6 +197,7 @@ def test_layers_with_independent_rows_are_shared_row_by_row(make):
     model = hatify(net, 2, (x,))
     assert policy_of(model, "module") == "row"
     assert model.masks(0)["module"].shape == (features,)
+    assert_features_are_followed(model)
     assert_sound(net, model, x)
 
 
@@ -317,7 +327,6 @@ NORMS = {
     "BatchNorm1d": lambda: (nn.BatchNorm1d(WIDTH), 0),
     "BatchNorm2d": lambda: (nn.BatchNorm2d(WIDTH), 2),
     "BatchNorm3d": lambda: (nn.BatchNorm3d(WIDTH), 3),
-    "SyncBatchNorm": lambda: (nn.SyncBatchNorm(WIDTH), 2),
     "LayerNorm": lambda: (nn.LayerNorm(WIDTH), 0),
     "GroupNorm": lambda: (nn.GroupNorm(2, WIDTH), 2),
     "InstanceNorm2d": lambda: (nn.InstanceNorm2d(WIDTH, affine=True), 2),
@@ -337,7 +346,15 @@ def test_normalisations_are_each_tasks_own(make):
     module, dims = make()
     net, x = between(module, dims)
     model = hatify(net, 2, (x,))
-    assert policy_of(model, "module") in (("norm",) if "Sync" not in type(module).__name__ else ("norm", "per_task"))
+    assert policy_of(model, "module") == "norm"
+    assert_features_are_followed(model)
+    assert_sound(net, model, x)
+
+
+def test_synchronised_batch_norm_is_each_tasks_own():
+    net, x = between(nn.SyncBatchNorm(WIDTH), 2)
+    model = hatify(net, 2, (x,))
+    assert policy_of(model, "module") in ("norm", "per_task")
     assert_sound(net, model, x)
 
 
@@ -391,6 +408,17 @@ def test_hooks_of_the_network_itself_are_kept():
     net.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     net.register_forward_hook(lambda module, args, out: 2 * out)
     assert_sound(net, hatify(net, 2, (x,)), x)
+
+
+def test_a_forward_replaced_on_the_network_itself_is_followed_or_refused():
+    net, x = chain(), torch.randn(2, 3)
+    net.forward = types.MethodType(lambda self, x: type(self).forward(self, x) + 1, net)
+    try:
+        model = hatify(net, 2, (x,))
+    except ConversionError as error:
+        assert "forward" in str(error)
+    else:
+        assert_sound(net, model, x)
 
 
 def test_raw_parameters_are_masked_with_the_features_they_meet():

@@ -478,6 +478,28 @@ def test_finished_tasks_can_be_asked_between_two_steps():
         assert torch.equal(outputs(model, 0), expected)
 
 
+def test_an_optimizer_may_step_within_the_backward_pass():
+    model = finished_model()
+    expected, before = outputs(model, 0), model.get_parameter("up.weight").detach().clone()
+    optimizers = {p: optim.AdamW([p], lr=0.1, weight_decay=0.5) for p in model.parameters()}
+    model.begin_task(1)
+    set_masks(model, 1)
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    handles = [p.register_post_accumulate_grad_hook(step) for p in model.parameters() if p.requires_grad]
+    for i in range(3):
+        loss_of(model, 1, i).backward()
+        assert torch.equal(outputs(model, 0), expected)
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(model.get_parameter("up.weight"), before)
+    model.end_task()
+    assert torch.equal(outputs(model, 0), expected)
+
+
 def assert_locked_entries_are(model, weights, finished):
     for name, lock in locks(model, finished).items():
         assert torch.equal(model.get_parameter(name)[lock], weights[name][lock]), name

@@ -593,6 +593,21 @@ def test_lazy_modules_must_have_been_run():
     hatify(net, 2, (torch.randn(2, INPUTS),))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [
+        (torch.jit.script, "ScriptModule"),
+        (nn.DataParallel, r"\.module"),
+        (lambda net: torch.compile(net, backend="eager"), r"\._orig_mod"),
+    ],
+    ids=["script", "DataParallel", "compile"],
+)
+def test_wrapped_networks_are_refused_naming_what_to_convert(wrap, named, x):
+    with pytest.raises(ConversionError, match=named):
+        hatify(wrap(nn.Sequential(nn.Linear(INPUTS, 3), nn.ReLU(), nn.Linear(3, 2))), 2, (x,))
+
+
 @pytest.mark.parametrize("thing", [None, "resnet18", torch.relu, nn.Linear])
 def test_only_modules_are_converted(thing):
     with pytest.raises(ConversionError, match=r"torch\.nn\.Module"):

@@ -399,9 +399,9 @@ def test_trap_14_labels_do_not_grow_with_images_or_batches(batch):
         layers += [nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
     x = torch.randn(batch, 3, 2, 2)
-    start = time.perf_counter()
+    start = time.process_time()
     hatify(net, 2, (x,))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_trap_14_large_embeddings_and_position_tables_are_analysed_in_seconds():
@@ -418,9 +418,9 @@ def test_trap_14_large_embeddings_and_position_tables_are_analysed_in_seconds():
             return self.head(x + self.fc(x).relu())
 
     net = Language()
-    start = time.perf_counter()
+    start = time.process_time()
     hatify(net, 1, (torch.zeros(1, 256, dtype=torch.int64),))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_networks_that_cannot_be_converted_say_where_and_what_to_do():

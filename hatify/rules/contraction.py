@@ -42,11 +42,12 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
 def attention(call: Call) -> Labels:
     """softmax(q kᵀ) v: an output feature is non-zero only where that feature of v is; q and k are coupled."""
     q, k, v = (call.label(i, name) for i, name in enumerate(("query", "key", "value")))
-    if k.shape[:-2] == q.shape[:-2]:
-        call.space.meet(call.space.merge(q, [-2]), call.space.merge(k, [-2]))
+    if call.kwargs.get("enable_gqa"):
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    call.space.meet(call.space.merge(q, [-2]), call.space.merge(k, [-2]))
     if (v.ndim - 2) in varying_dims(v):
         v = call.space.merge(v, [-2])
-    return v[..., :1, :].expand(call.out.shape) if v.shape[:-2] == call.out.shape[:-2] else call.all_on()
+    return v[..., :1, :].expand(call.out.shape)
 
 
 @rule(torch.einsum, torch.functional.einsum)

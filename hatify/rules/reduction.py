@@ -46,7 +46,7 @@ def reduce(call: Call) -> Labels:
     Where features differ between the positions reduced over (class token and patches, groups that are summed), they
     are coupled, unless the dimension is kept: that is how statistics for a normalisation are taken.
     """
-    if isinstance(call.labels_of(call.given(1, "other")), Tensor):
+    if isinstance(call.argument(1, "other"), Tensor):
         return call.all_on()  # elementwise max or min of two tensors
     labels = call.label(0)
     dims = _dims(call.argument(1, "dim"), labels.ndim)
@@ -69,8 +69,11 @@ def _like_output(call: Call, labels: Tensor) -> Labels:
 
 @rule(torch.cumsum, "cumsum", torch.softmax, F.softmax, F.log_softmax, nn.Softmax, nn.LogSoftmax, "softmax")
 def mixing(call: Call) -> Labels:
-    """Every output along the dimension depends on every input."""
-    return call.all_on()
+    """Every output along the dimension depends on every input. Features along another dimension stay where they are."""
+    labels, dim = call.label(0), call.argument(1, "dim", getattr(call.module, "dim", None))
+    if not isinstance(dim, int) or labels.shape != call.out.shape or dim % labels.ndim in varying_dims(labels):
+        return call.all_on()
+    return call.mask(labels)
 
 
 def _dims(dim: int | Sequence[int] | None, ndim: int) -> set[int]:

@@ -70,6 +70,8 @@ class Call:
     labels_of: Callable[[Any], Labels]
     #: Parameters that are the weight of an output layer.
     output_weights: frozenset[str] = frozenset()
+    #: Whether a mask here would do harm.
+    never_masked: bool = False
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """The value of an argument, by position or name."""
@@ -95,7 +97,7 @@ class Call:
         always zero is ON afterwards, unless the operation maps zero to zero there.
         """
         out = self.out
-        if labels.shape != out.shape:
+        if labels.shape != out.shape or self.never_masked:
             return self.all_on()
         if not zero_stays:
             labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
