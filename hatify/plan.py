@@ -23,11 +23,15 @@ _SHARED = (Policy.SHARED, Policy.ROW, Policy.UNMASKED)
 
 @dataclass(frozen=True)
 class MaskedNode:
-    """A node whose output is masked: by which mask, along which of its dimensions (None: element by element)."""
+    """A node whose output is masked: by which mask, along which of its dimensions (None: element by element).
+
+    Where the output is `steep`, gradients that are not finite may come back to features that are off.
+    """
 
     mask: str
     dim: int | None
     ndim: int
+    steep: bool = False
 
 
 @dataclass
@@ -97,7 +101,7 @@ class _Planner:
             owner = str(node.target) if node.op == "call_module" else node.name
             mask = self.slots.name(owner, self.slots.of(labels))
             if mask is not None:
-                self.plan.nodes[node] = MaskedNode(mask, dim, ndim)
+                self.plan.nodes[node] = MaskedNode(mask, dim, ndim, node in self.findings.steep)
                 if self.plan.modules.get(owner) in _SHARED:
                     self.plan.owners[owner] = mask
 
@@ -226,7 +230,8 @@ def _check_complete(plan: Plan, graphs: tuple[fx.Graph, ...]) -> None:
     """Every parameter and buffer that the graphs reach has a policy other than UNUSED."""
     called: set[Any] = {n.target for g in graphs for n in g.nodes if n.op in ("call_module", "get_attr")}
     for entry in plan.census:
-        reached = entry.name in called or any(entry.name.startswith(f"{path}.") for path in called)
+        parts = entry.name.split(".")
+        reached = any(".".join(parts[:n]) in called for n in range(1, len(parts) + 1))
         if entry.policy is Policy.UNUSED and reached:
             owner = entry.name.rpartition(".")[0]
             raise ConversionError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from hatify.errors import ConversionError
-from hatify.nn.functional import masked
+from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
 from hatify.nn.norms import FEATURE_DIMS, zero_at_zero
 from hatify.nn.per_task import PerTask, PerTaskNorm, PerTaskTensor
@@ -23,15 +23,24 @@ STATE = "_hat"
 def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Sequence[int] | None) -> None:
     """Swap the modules and tensors of `net`, in place: mask-carrying layers, copies per task, heads."""
     memos: list[dict[int, Any]] = [{} for _ in range(num_tasks - 1)]
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in net.modules():
+        for name, child in owner._modules.items():
+            places.setdefault(id(child), []).append((owner, name))
     for path, policy in plan.modules.items():
         module = net.get_submodule(path)
         if policy is Policy.NORM:
-            replace_module(net, path, PerTaskNorm(module, memos))
+            replacement: PerTask = PerTaskNorm(module, memos)
         elif policy is Policy.PER_TASK or (policy is Policy.HEAD and num_classes is None):
-            replace_module(net, path, PerTask(module, memos))
+            replacement = PerTask(module, memos)
         elif policy is Policy.HEAD:
             assert num_classes is not None
-            replace_module(net, path, heads_of_size(path, module, num_classes))
+            replacement = heads_of_size(path, module, num_classes)
+        else:
+            continue
+        replacement.train(module.training)
+        for owner, name in places[id(module)]:
+            owner._modules[name] = replacement
     for name, policy in plan.tensors.items():
         if policy is Policy.PER_TASK and not _inside(name, plan):
             owner, attribute = parent(net, name)
@@ -126,7 +135,7 @@ def _apply(
     """Hand the mask to the module at `node` if that can use it, else multiply the output."""
     path = str(node.target)
     policy = plan.modules.get(path) if node.op == "call_module" else None
-    if policy is Policy.SHARED and type(net.get_submodule(path)) in {*LAYERS, *LAYERS.values()}:
+    if policy is Policy.SHARED and not planned.steep and type(net.get_submodule(path)) in {*LAYERS, *LAYERS.values()}:
         layer = net.get_submodule(path)
         if type(layer) in LAYERS:
             LAYERS[type(layer)].adopt(layer, fold.get(path, False))
@@ -141,18 +150,8 @@ def _apply(
     dim = None if planned.dim is None else planned.dim - planned.ndim
     graph = node.graph
     with graph.inserting_after(node):
-        product = graph.call_function(masked, (node, mask, dim))
+        product = graph.call_function(masked_off if planned.steep else masked, (node, mask, dim))
     node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
-
-
-def replace_module(net: nn.Module, path: str, replacement: nn.Module) -> None:
-    """Put `replacement` wherever the module at `path` is registered."""
-    original = net.get_submodule(path)
-    replacement.train(original.training)
-    for module in list(net.modules()):
-        for name, child in module._modules.items():
-            if child is original and module is not replacement:
-                module._modules[name] = replacement
 
 
 def parent(net: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -15,7 +15,7 @@ from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
 from hatify.rules.movement import found_to_move
 from hatify.rules.registry import Call, Findings, Labels, constant_labels, scalar_label
-from hatify.rules.singular import never_masked
+from hatify.rules.singular import endangered
 
 
 class SupportInterpreter(fx.Interpreter):
@@ -49,7 +49,8 @@ class SupportInterpreter(fx.Interpreter):
         super().__init__(net, graph=graph)
         self.modules = classification.modules
         self.output_weights = classification.output_weights
-        self.never_masked = never_masked(net, graph, self.modules)
+        self.never_masked, steep = endangered(net, graph, self.modules)
+        findings.steep |= steep
         self.space = space
         self.findings = findings
         self.labels: dict[fx.Node, Labels] = {}

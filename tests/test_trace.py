@@ -597,7 +597,7 @@ def test_lazy_modules_must_have_been_run():
 @pytest.mark.parametrize(
     ("wrap", "named"),
     [
-        (torch.jit.script, "ScriptModule"),
+        (torch.jit.script, "scripted network"),
         (nn.DataParallel, r"\.module"),
         (lambda net: torch.compile(net, backend="eager"), r"\._orig_mod"),
     ],

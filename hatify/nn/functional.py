@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 
 T = TypeVar("T")
 
@@ -16,6 +18,32 @@ def masked(x: Tensor, mask: Tensor, dim: int | None) -> Tensor:
     """
     shape = x.shape if dim is None else (-1, *(1,) * (-1 - dim))
     return x * mask.to(x.dtype).view(shape)
+
+
+class _MaskedOff(Function):
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, mask = ctx.saved_tensors
+        grad = torch.where(mask == 0, 0.0, grad)
+        return grad * mask, (grad * x).sum_to_size(mask.shape)
+
+
+def masked_off(x: Tensor, mask: Tensor, dim: int | None) -> Tensor:
+    """`masked`, but nothing at all flows back through a feature that is off.
+
+    For outputs that meet a function which is infinitely steep at zero: the gradient that comes back is infinite there,
+    and ∞ · 0 is not a number.
+    """
+    shape = x.shape if dim is None else (-1, *(1,) * (-1 - dim))
+    return _MaskedOff.apply(x, mask.to(x.dtype).view(shape))
 
 
 def by_mode(training: bool, in_training: T, in_evaluation: T) -> T:

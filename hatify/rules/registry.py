@@ -50,6 +50,8 @@ class Findings:
     masks: dict[fx.Node, tuple[Tensor, int, int]] = field(default_factory=dict)
     #: Buffers that the forward pass writes to.
     moving: set[str] = field(default_factory=set)
+    #: Nodes whose output meets a function that is infinite, or infinitely steep, at zero.
+    steep: set[fx.Node] = field(default_factory=set)
     #: Layers whose weight is smaller than their output, so that masking the weight costs less.
     fold: dict[str, bool] = field(default_factory=dict)
     #: Parameters whose entries do not act on features one by one.
@@ -102,7 +104,7 @@ class Call:
         if not zero_stays:
             labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
         dims = varying_dims(labels)
-        if len(dims) > 1 or not is_leaf(labels).any():
+        if len(dims) > 1 or not is_leaf(compact(labels)).any():
             return self.all_on() if len(dims) > 1 else labels
         dim = dims[0] if dims else out.ndim - 1
         index = [0] * out.ndim

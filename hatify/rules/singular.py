@@ -19,20 +19,28 @@ _POWERS = {"pow", "pow_"}
 _TRANSPARENT = ("hatify.rules.pointwise", "hatify.rules.movement")
 
 
-def never_masked(net: nn.Module, graph: fx.Graph, modules: Container[str]) -> set[fx.Node]:
-    """The nodes of `graph` whose values must not be made zero; `modules` are those with a policy of their own."""
-    found: set[fx.Node] = set()
-    waiting: list[Any] = [operand for node in graph.nodes for operand in _endangered(node)]
+def endangered(net: nn.Module, graph: fx.Graph, modules: Container[str]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes of `graph` whose values must not be made zero, and those of modules whose zeros meet a singularity.
+
+    `modules` are those with a policy of their own. Their masks cannot be left out, so gradients that come back to an
+    off feature, and may be infinite, have to be stopped there.
+    """
+    never_masked: set[fx.Node] = set()
+    steep: set[fx.Node] = set()
+    waiting: list[Any] = [operand for node in graph.nodes for operand in _operands(node)]
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in found or not _is_transparent(net, node, modules):
+        if not isinstance(node, fx.Node) or node in never_masked:
             continue
-        found.add(node)
+        if not _is_transparent(net, node, modules):
+            steep.add(node)
+            continue
+        never_masked.add(node)
         waiting.extend(node.all_input_nodes)
-    return found
+    return never_masked, steep
 
 
-def _endangered(node: fx.Node) -> tuple[Any, ...]:
+def _operands(node: fx.Node) -> tuple[Any, ...]:
     """The operands of `node` at which it is singular."""
     if node.op not in ("call_function", "call_method"):
         return ()
