@@ -1,9 +1,10 @@
 """Thousands of generated networks: is the function kept, and does a finished task's answer ever change?
 
-Every network is converted; its outputs are compared with the original's for every task and two batch sizes; a few tasks
-are trained, with half of the features on at random and an optimizer drawn at random, and finished tasks are asked again
-at every turn; at last every entry that a finished task does not lock is replaced by noise. The networks are those of the
-tests (`tests/networks.py`), from other seeds. Prints a summary and stores it as JSON. Exit status 1 if a network failed.
+Every network is converted; its outputs are compared with the original's for every task and two batch sizes; a few
+tasks are trained, with half of the features on at random and an optimizer drawn at random, and finished tasks are asked
+again at every turn; at last every entry that a finished task does not lock is replaced by noise. The networks are those
+of the tests (`tests/networks.py`), from other seeds. Prints a summary and stores it as JSON. Exit status 1 if a network
+failed.
 
     python benchmarks/generated_networks.py --count 5000
     python benchmarks/generated_networks.py --count 100000 --time-budget 3600 --seed 1000000
@@ -30,8 +31,8 @@ import hatify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from networks import FRONTS, generate  # noqa: E402
-from oracles import broken_promises, difference, leaks, locks  # noqa: E402
+from networks import FRONTS, generate
+from oracles import broken_promises, difference, leaks, locks
 
 NUM_TASKS = 3
 ROUNDING = 1e-5
@@ -115,7 +116,13 @@ def main() -> int:
 
     torch.set_num_threads(1)
     findings, start = Findings(), time.perf_counter()
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
     console = Console()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("networks", total=args.count)
@@ -145,7 +152,9 @@ def main() -> int:
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(table)
     for failure in findings.failures[:20]:
-        console.print(f"[red]{failure['kind']}[/]: {failure['front']}, seed {failure['seed']}: {failure['what']}", markup=True)
+        console.print(
+            f"[red]{failure['kind']}[/]: {failure['front']}, seed {failure['seed']}: {failure['what']}", markup=True
+        )
     console.print(f"stored in {args.output}")
     return 1 if findings.failures else 0
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from digits_demo import NUM_TASKS, digit_tasks
 from rich.progress import track
 from torch import nn
 
 import hatify
+from digits_demo import NUM_TASKS, digit_tasks
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 S_MAX = (25.0, 50.0, 100.0, 200.0, 400.0, 800.0)
 SCHEDULES = ("cosine", "linear", "exponential", "constant")

@@ -67,8 +67,8 @@ REDUCED = {"deepseek_vit_412m": {"depth": 2}, "gemma4_vit_167m": {"depth": 2}}
 
 POLICIES = ("shared", "row", "unmasked", "masked", "norm", "head", "per_task", "unused")
 STRUCTURE = ("converts", "device", "seconds_meta", "error")
-NUMBERS = ("verified", "image", "seconds", "parity", "parity_training", "drift", "isolated", "tightness", "loosest",
-           "missing", "numbers_error")  # fmt: skip
+NUMBERS = ("verified", "image", "seconds", "parity", "parity_training", "drift", "isolated", "tightness", "locked",
+           "loosest", "missing", "numbers_error")  # fmt: skip
 COLUMNS = ("name", "file", "parameters", *STRUCTURE, *NUMBERS, *POLICIES)
 
 Row = dict[str, Any]
@@ -326,8 +326,9 @@ def tightness(model: hatify.HatModel, recipe: Recipe, task: int = 0) -> Row:
 
     Dependence is a derivative in float64 that is not zero, for any of a few random inputs and projections of the
     outputs. Entries of one convolution kernel count together, since which of them meet only padding depends on the
-    image size, and bends of activations are made smooth (see `Smooth`). ``loosest`` names the parameters with most
-    entries locked for nothing, as locked/needed; ``missing`` counts entries that matter and are not locked.
+    image size, and bends of activations are made smooth (see `Smooth`). ``locked`` is the share of all shared entries
+    that are locked, about a quarter where half of the features on both sides are on; ``loosest`` names the parameters
+    with most entries locked for nothing, as locked/needed; ``missing`` counts entries that matter and are not locked.
     """
     model.double().eval()
     parameters = {name: p for name, p in model.named_parameters() if name in model.uses}
@@ -351,6 +352,7 @@ def tightness(model: hatify.HatModel, recipe: Recipe, task: int = 0) -> Row:
     loosest = [f"{name} {a}/{b}" for name in worst for a, b in [counts[name]] if a - b > 0.001 * all_locked]
     return {
         "tightness": f"{all_locked / max(1, all_needed):.4f}",
+        "locked": f"{all_locked / max(1, sum(p.numel() for p in parameters.values())):.4f}",
         "loosest": "; ".join(loosest),
         "missing": missing,
     }

@@ -61,8 +61,8 @@ class Signal:
 
     def wide(self, channels: int) -> Signal:
         """The same with another number of channels."""
-        return image(channels, *self.spatial) if self.kind == "image" else replace(
-            self, shape=(*self.spatial, channels)
+        return (
+            image(channels, *self.spatial) if self.kind == "image" else replace(self, shape=(*self.spatial, channels))
         )
 
 
@@ -330,7 +330,8 @@ def norm(draw: Draw, signal: Signal) -> Made:
         kind = draw.one_of("layer", "rms", "whole", "functional", "handwritten", "unit", "standardized")
     else:
         kind = draw.one_of("batch", "group", "layer", "rms", "functional", "handwritten", "unit", "standardized")
-        kind = draw.one_of(kind, "instance", "whole") if signal.kind == "image" else kind
+        if signal.kind == "image":
+            kind = draw.one_of(kind, "whole", *(("instance",) if math.prod(signal.spatial) > 1 else ()))
     draw.note(f"norm:{kind}")
     module = _norm(draw, kind, signal)
     if kind in ("layer", "rms") and signal.kind == "image":
@@ -358,7 +359,9 @@ def _norm(draw: Draw, kind: str, signal: Signal) -> nn.Module:
     if kind == "standardized":
         return Standardized(signal.channel_dim)
     if kind == "functional":
-        return FunctionalNorm(channels, None if signal.kind == "tokens" else draw.divisor(max(1, channels // 2), channels))
+        return FunctionalNorm(
+            channels, None if signal.kind == "tokens" else draw.divisor(max(1, channels // 2), channels)
+        )
     return HandwrittenRMSNorm(channels, signal.channel_dim) if kind == "handwritten" else UnitLength(signal.channel_dim)
 
 
@@ -452,7 +455,18 @@ def activation(draw: Draw, signal: Signal) -> Made:
         second = norm(draw, signal)[0] if draw.flag() else nn.Identity()
         act = draw.one_of(nn.ReLU, nn.SiLU, nn.ELU, nn.Hardswish, nn.LeakyReLU)(inplace=True)
         return nn.Sequential(first, second, act), signal
-    modules = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU, nn.Mish, nn.Hardsigmoid, nn.LogSigmoid)
+    modules = (
+        nn.ReLU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.ELU,
+        nn.Mish,
+        nn.Hardsigmoid,
+        nn.LogSigmoid,
+    )
     return draw.one_of(*modules)(), signal
 
 
@@ -763,8 +777,10 @@ def scale_shift(draw: Draw, signal: Signal) -> Made:
         draw.note(f"parameter:{shape}")
         if shape == "scalar":
             return torch.randn(1)
-        return torch.randn(signal.shape) if shape == "everything" else (
-            parameter_along(signal) if shape == "channels" else parameter_along(signal).unsqueeze(0)
+        return (
+            torch.randn(signal.shape)
+            if shape == "everything"
+            else (parameter_along(signal) if shape == "channels" else parameter_along(signal).unsqueeze(0))
         )
 
     return ScaleShift(parameter(), parameter(), draw.one_of("scale first", "shift first", "fused")), signal

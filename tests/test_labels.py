@@ -74,7 +74,9 @@ def assignment(space: LabelSpace, source: random.Random) -> dict[int, bool]:
     position = torch.tensor([leaf if leaf < FIRST_RAW else leaf - FIRST_RAW + classes.features for leaf in leaves])
     roots = classes.root[position].tolist()
     drawn: dict[int, bool] = {}
-    return {leaf: drawn.setdefault(root, source.choice((True, False))) for leaf, root in zip(leaves, roots, strict=True)}
+    return {
+        leaf: drawn.setdefault(root, source.choice((True, False))) for leaf, root in zip(leaves, roots, strict=True)
+    }
 
 
 sources = st.randoms(use_true_random=False)

@@ -124,7 +124,9 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Def
     norm = make().to(dtype)
     for key, value in (*norm.named_parameters(), *norm.named_buffers()):
         if value.is_floating_point():
-            value.data.copy_(torch.rand_like(value) + 0.5 if key.endswith(("weight", "var")) else torch.randn_like(value))
+            value.data.copy_(
+                torch.rand_like(value) + 0.5 if key.endswith(("weight", "var")) else torch.randn_like(value)
+            )
     return norm.eval(), definition, torch.randn(shape, dtype=dtype) + 0.5, dim
 
 
@@ -240,7 +242,9 @@ def test_half_precision_is_finite_and_close(name: str, dtype: torch.dtype) -> No
     if hasattr(norm, "eps") and norm.eps is None:
         norm.eps = torch.finfo(torch.float32).eps  # statistics are taken in single precision
     expected = definition(copy.deepcopy(norm).double(), x.double(), a.double())
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * expected.abs().max().item())
+    torch.testing.assert_close(
+        y.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * expected.abs().max().item()
+    )
 
 
 @every
@@ -281,7 +285,9 @@ NETWORKS: dict[str, Make] = {
         nn.Conv2d(3, C, 1), nn.BatchNorm2d(C, track_running_stats=False), nn.Flatten(), nn.Linear(4 * C, 2)
     ),
     "instance": lambda: nn.Sequential(nn.Conv2d(3, C, 1), nn.InstanceNorm2d(C), nn.Flatten(), nn.Linear(4 * C, 2)),
-    "group": lambda: nn.Sequential(nn.Conv2d(3, C, 1), nn.GroupNorm(2, C), nn.ReLU(), nn.Flatten(), nn.Linear(4 * C, 2)),
+    "group": lambda: nn.Sequential(
+        nn.Conv2d(3, C, 1), nn.GroupNorm(2, C), nn.ReLU(), nn.Flatten(), nn.Linear(4 * C, 2)
+    ),
     "layer": lambda: nn.Sequential(nn.Linear(2, C), nn.LayerNorm(C), nn.GELU(), nn.Flatten(), nn.Linear(6 * C, 2)),
     "rms": lambda: nn.Sequential(nn.Linear(2, C), nn.RMSNorm(C), nn.GELU(), nn.Flatten(), nn.Linear(6 * C, 2)),
     "whole": lambda: nn.Sequential(nn.Conv2d(3, C, 1), nn.LayerNorm((C, 2, 2)), nn.Flatten(), nn.Linear(4 * C, 2)),

@@ -163,9 +163,9 @@ def _arithmetic() -> Iterator[Case]:
         family = rule.__name__
         if family in ("add", "multiply"):
             for a, b in pairs:
-                if "_" not in str(key)[-2:] and not str(getattr(key, "__name__", "")).startswith("i"):
-                    yield call(key, x(*a), x(*b))
-                elif torch.broadcast_shapes(a, b) == a:
+                if (
+                    "_" not in str(key)[-2:] and not str(getattr(key, "__name__", "")).startswith("i")
+                ) or torch.broadcast_shapes(a, b) == a:
                     yield call(key, x(*a), x(*b))
             yield call(key, x(2, 4), Given(torch.rand(4)))
             yield call(key, x(2, 4), Given(torch.zeros(4)))
@@ -386,7 +386,14 @@ def _movement() -> Iterator[Case]:
 
 def _contractions() -> Iterator[Case]:
     shapes = {"mm": [((3, 4), (4, 5))], "bmm": [((2, 3, 4), (2, 4, 5))]}
-    default = [*shapes["mm"], *shapes["bmm"], ((2, 3, 4), (4, 5)), ((2, 2, 3, 4), (2, 4, 5)), ((4,), (4, 5)), ((3, 4), (4,))]
+    default = [
+        *shapes["mm"],
+        *shapes["bmm"],
+        ((2, 3, 4), (4, 5)),
+        ((2, 2, 3, 4), (2, 4, 5)),
+        ((4,), (4, 5)),
+        ((3, 4), (4,)),
+    ]
     for key, rule in RULES.items():
         if rule.__name__ == "matmul":
             for a, b in shapes.get(getattr(key, "__name__", str(key)), default):
@@ -481,7 +488,9 @@ def draw_labels(space: LabelSpace, shapes: list[tuple[int, ...]], source: random
     """Labels for inputs: features along one dimension, some of them off for good or shared between inputs, or worse."""
     drawn: list[Tensor] = []
     for i, shape in enumerate(shapes):
-        kind = source.choice(("features", "features", "features", "shared", "mixed", "two kinds", "elements", "raw", "on"))
+        kind = source.choice(
+            ("features", "features", "features", "shared", "mixed", "two kinds", "elements", "raw", "on")
+        )
         wide = [d for d, n in enumerate(shape) if n > 1]
         if kind == "on" or not wide:
             drawn.append(torch.full((1,) * len(shape), ON).expand(shape))
@@ -602,7 +611,7 @@ COMPOSABLE = [
         "where", "nan_to_num",
     )
     and not any(value == -math.inf for value in case.args if isinstance(value, float))
-    and not (case.key in (F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, nn.RReLU, nn.FeatureAlphaDropout))
+    and case.key not in (F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, nn.RReLU, nn.FeatureAlphaDropout)
 ]  # fmt: skip
 
 

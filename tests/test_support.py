@@ -138,7 +138,9 @@ def test_halves_that_are_multiplied_are_coupled_pairwise() -> None:
             value, gate = self.both(x).chunk(2, -1)
             return self.head(value * F.silu(gate))
 
-    (features,) = (found for name, found in signatures(converted(Halves(), torch.randn(2, 4))).items() if name == "both")
+    (features,) = (
+        found for name, found in signatures(converted(Halves(), torch.randn(2, 4))).items() if name == "both"
+    )
     assert features[:3] == features[3:]
     assert distinct(features[:3])
 
@@ -155,7 +157,9 @@ def test_squeeze_and_excitation_keeps_the_mask_of_its_channels(convolutional: bo
 
 
 def test_a_class_token_and_position_embeddings_share_the_mask_of_the_patches() -> None:
-    net = nn.Sequential(nn.Linear(4, 6), ClassToken(tokens(5, 6), "parameter"), nn.Linear(6, 3), nn.Flatten(), nn.Linear(18, 2))
+    net = nn.Sequential(
+        nn.Linear(4, 6), ClassToken(tokens(5, 6), "parameter"), nn.Linear(6, 3), nn.Flatten(), nn.Linear(18, 2)
+    )
     model = converted(net, torch.randn(2, 5, 4))
     found = signatures(model)
     assert found["0"] == found["1.token"] == found["1.position"]
@@ -166,7 +170,9 @@ def test_a_class_token_and_position_embeddings_share_the_mask_of_the_patches() -
 
 
 def test_a_position_table_shares_the_mask_of_the_patches() -> None:
-    net = nn.Sequential(nn.Linear(4, 6), ClassToken(tokens(5, 6), "table"), nn.Linear(6, 3), nn.Flatten(), nn.Linear(18, 2))
+    net = nn.Sequential(
+        nn.Linear(4, 6), ClassToken(tokens(5, 6), "table"), nn.Linear(6, 3), nn.Flatten(), nn.Linear(18, 2)
+    )
     found = signatures(converted(net, torch.randn(2, 5, 4)))
     assert found["0"] == found["1.table"] == found["1.token"]
     assert distinct(found["0"])
@@ -195,7 +201,9 @@ def test_a_grouped_convolution_has_a_mask_of_its_own() -> None:
 def test_queries_and_keys_share_a_mask_and_values_have_their_own(how: str, separate: bool) -> None:
     signal = tokens(5, 6)
     attention = Attention(signal, heads=2, how=how, separate=separate, normed=False, biased=False)
-    net = nn.Sequential(nn.Linear(4, 6), PreNorm(signal, attention, nn.LayerNorm(6), False), nn.Flatten(), nn.Linear(30, 2))
+    net = nn.Sequential(
+        nn.Linear(4, 6), PreNorm(signal, attention, nn.LayerNorm(6), False), nn.Flatten(), nn.Linear(30, 2)
+    )
     found = signatures(converted(net, torch.randn(2, 5, 4)))
     if separate:
         q, k, v = found["1.inner.query"], found["1.inner.key"], found["1.inner.value"]
@@ -210,7 +218,14 @@ def test_queries_and_keys_share_a_mask_and_values_have_their_own(how: str, separ
 @pytest.mark.parametrize("as_tokens", [True, False])
 def test_a_mixer_of_positions_leaves_the_channels_apart(as_tokens: bool) -> None:
     if as_tokens:
-        net = nn.Sequential(nn.Linear(4, 6), PositionMixer(5, True), nn.Linear(6, 7), PositionMixer(5, True), nn.Flatten(), nn.Linear(35, 2))
+        net = nn.Sequential(
+            nn.Linear(4, 6),
+            PositionMixer(5, True),
+            nn.Linear(6, 7),
+            PositionMixer(5, True),
+            nn.Flatten(),
+            nn.Linear(35, 2),
+        )
         found = signatures(converted(net, torch.randn(2, 5, 4)))
     else:
         net = nn.Sequential(
@@ -306,7 +321,9 @@ def test_inputs_are_always_on() -> None:
 
 
 def test_flattened_positions_keep_the_label_of_their_channel() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)
+    )
     found, space = reads(net, torch.randn(2, 3, 6, 6))
     assert found["5"][0].tolist() == [leaf for leaf in leaves(space, "0") for _ in range(4)]
 

@@ -44,7 +44,9 @@ def convert(net: nn.Module, *shape: int, num_tasks: int = 2, **options: Any) -> 
     """`net` in double precision, with parameters and statistics as after some training."""
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if value.is_floating_point():
-            value.data.copy_(0.5 * torch.randn_like(value) if not name.endswith("var") else torch.rand_like(value) + 0.5)
+            value.data.copy_(
+                0.5 * torch.randn_like(value) if not name.endswith("var") else torch.rand_like(value) + 0.5
+            )
     return hatify.hatify(net.double(), num_tasks, torch.randn(2, *shape).double(), **options)
 
 
@@ -76,7 +78,10 @@ ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (nn.Tanh, nn.GELU, nn.SiLU, n
 def chain(source: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     """Convolution, norm, activation, pooling, flatten, linear; and the shape of an input."""
     spatial = source.choice((1, 2, 2, 3))
-    channels = [source.choice((1, 3)), *(source.choice((4, 6, 8)) for _ in range(source.choice((1, 2) if spatial < 3 else (1,))))]
+    channels = [
+        source.choice((1, 3)),
+        *(source.choice((4, 6, 8)) for _ in range(source.choice((1, 2) if spatial < 3 else (1,)))),
+    ]
     edge = {1: 12, 2: 9, 3: 6}[spatial]
     edges = tuple(edge + source.choice((0, 1)) for _ in range(spatial))
     parts: list[nn.Module] = []
@@ -252,7 +257,12 @@ class Transformer(nn.Module):
 class ZeroChannels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.narrow, self.wide, self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 7), nn.Linear(7, 5), nn.Linear(5, 2)
+        self.narrow, self.wide, self.layer, self.head = (
+            nn.Linear(3, 4),
+            nn.Linear(4, 7),
+            nn.Linear(7, 5),
+            nn.Linear(5, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.narrow(x)
@@ -376,7 +386,9 @@ def test_training_changes_every_free_entry_and_no_locked_one() -> None:
 
 @pytest.mark.parametrize("removed", ["0.weight", "0.bias", "3.weight"])
 def test_the_oracle_for_leaks_sees_a_lock_that_is_missing(removed: str) -> None:
-    net = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(16, 2))
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(16, 2)
+    )
     model = convert(net, 2, 4, 4)
     finish(model, 0, random.Random(0))
     probes = batches(2, 4, 4)
