@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import hatify
@@ -143,12 +144,12 @@ class Everything(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.relu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
+        x = F.relu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
         x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1) + self.position
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.scale * self.proj(y)
-        x = x + nn.functional.dropout(self.down(nn.functional.gelu(self.up(self.norm2(x)))), 0.1, self.training)
+        x = x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), 0.1, self.training)
         return self.head(x[:, 0])
 
 
@@ -178,11 +179,25 @@ def test_no_optimizer_moves_what_finished_tasks_own(optimizer: str, one_for_all_
 
 # Numbers -------------------------------------------------------------------------------------------------------------
 
+
+def _softmax(x: Tensor) -> Tensor:
+    e = (x - x.amax(1, keepdim=True)).exp()
+    return e / e.sum(1, keepdim=True)
+
+
+#: Functions of tokens (N, L, C) that are singular, or infinitely steep, for a channel that is zero at every token.
 STEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "root": lambda x: x.abs().sqrt(),
     "power below one": lambda x: x.abs() ** 0.5,
-    "standard deviation": lambda x: x - x.std(-1, keepdim=True),
-    "length": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "unit length of tokens": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "unit length of channels": lambda x: x / x.norm(dim=1, keepdim=True),
+    "largest of one": lambda x: x / x.abs().amax(1, keepdim=True),
+    "standardized channels": lambda x: (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+    "root mean square of channels": lambda x: x * x.pow(2).mean(1, keepdim=True).rsqrt(),
+    "handwritten softmax over tokens": _softmax,
+    "shares of softplus": lambda x: F.softplus(x) / F.softplus(x).mean(1).unsqueeze(1),
+    "quotient added": lambda x: torch.addcdiv(x, x, 1 + x.abs()),
+    "logit": lambda x: torch.logit(torch.sigmoid(x)),
 }
 
 
@@ -202,7 +217,7 @@ class Between(nn.Module):
 def test_features_that_are_off_leave_this_function_finite(name: str) -> None:
     torch.manual_seed(0)
     net = Between({**FUNCTIONS, **STEEP}[name])
-    inputs = (torch.randn(4, 3),)
+    inputs = (torch.randn(4, 5, 3),)
     net(*inputs).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     net.zero_grad()

@@ -120,10 +120,13 @@ def functional_layer(call: Call) -> Labels:
 
 
 def _mark_opaque(call: Call, node: object) -> None:
-    """Every parameter that `node` is computed from acts as a whole."""
-    if not isinstance(node, fx.Node):
-        return
-    if node.op == "get_attr":
-        call.findings.opaque.add(str(node.target))
-    for earlier in node.all_input_nodes:
-        _mark_opaque(call, earlier)
+    """Every parameter that `node` is computed from, without a module in between, acts as a whole."""
+    waiting, seen = [node], set()
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, fx.Node) or current in seen or current.op == "call_module":
+            continue
+        seen.add(current)
+        if current.op == "get_attr":
+            call.findings.opaque.add(str(current.target))
+        waiting.extend(current.all_input_nodes)

@@ -69,9 +69,14 @@ def _like_output(call: Call, labels: Tensor) -> Labels:
 
 @rule(torch.cumsum, "cumsum", torch.softmax, F.softmax, F.log_softmax, nn.Softmax, nn.LogSoftmax, "softmax")
 def mixing(call: Call) -> Labels:
-    """Every output along the dimension depends on every input. Features along another dimension stay where they are."""
+    """Every output along the dimension depends on every input; features along a later dimension stay where they are.
+
+    Along an earlier one they are attention weights' heads, which are not what the values they weigh depend on.
+    """
     labels, dim = call.label(0), call.argument(1, "dim", getattr(call.module, "dim", None))
-    if not isinstance(dim, int) or labels.shape != call.out.shape or dim % labels.ndim in varying_dims(labels):
+    if not isinstance(dim, int) or labels.shape != call.out.shape:
+        return call.all_on()
+    if any(d <= dim % labels.ndim for d in varying_dims(labels)):
         return call.all_on()
     return call.mask(labels)
 
