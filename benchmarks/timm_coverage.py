@@ -69,7 +69,7 @@ POLICIES = ("shared", "row", "unmasked", "masked", "norm", "head", "per_task", "
 STRUCTURE = ("converts", "device", "seconds_meta", "error")
 NUMBERS = ("verified", "image", "seconds", "parity", "parity_training", "drift", "isolated", "tightness", "locked",
            "loosest", "missing", "numbers_error")  # fmt: skip
-COLUMNS = ("name", "file", "parameters", *STRUCTURE, *NUMBERS, *POLICIES)
+COLUMNS = ("name", "file", "parameters", *STRUCTURE, *NUMBERS, *POLICIES, "distinct")
 
 Row = dict[str, Any]
 
@@ -142,13 +142,25 @@ def enliven(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def shares(model: hatify.HatModel) -> Row:
-    """The share of the original's parameters that each policy has."""
+    """The share of the original's parameters that each policy has, and `distinct`."""
     counts: Counter[str] = Counter()
     for entry in model.census:
         if entry.kind == "parameter" and not entry.reason.startswith("the same tensor as"):
             counts[str(entry.policy)] += torch.Size(entry.shape).numel()
     total = max(1, counts.total())
-    return {policy: round(counts[policy] / total, 4) for policy in POLICIES}
+    return {policy: round(counts[policy] / total, 4) for policy in POLICIES} | {"distinct": distinct(model)}
+
+
+def distinct(model: hatify.HatModel) -> float:
+    """Slots over features, counted within each layer: 1 where every feature can be on or off by itself."""
+    features = slots = 0
+    for name, uses in model.uses.items():
+        written = uses[0].written
+        if name.endswith("weight") and written.ndim > 2:
+            rows = written.flatten(0, -2)
+            features += len(rows)
+            slots += len(rows.unique(dim=0))
+    return round(slots / max(1, features), 4)
 
 
 # Structure -----------------------------------------------------------------------------------------------------------

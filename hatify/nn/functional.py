@@ -23,7 +23,7 @@ def masked(x: Tensor, mask: Tensor, dim: int | None) -> Tensor:
 class _MaskedOff(Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
-        return x * mask
+        return torch.where(mask == 0, 0.0, x * mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -33,14 +33,13 @@ class _MaskedOff(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, mask = ctx.saved_tensors
         grad = torch.where(mask == 0, 0.0, grad)
-        return grad * mask, (grad * x).sum_to_size(mask.shape)
+        return grad * mask, torch.where(mask == 0, 0.0, grad * x).sum_to_size(mask.shape)
 
 
 def masked_off(x: Tensor, mask: Tensor, dim: int | None) -> Tensor:
-    """`masked`, but nothing at all flows back through a feature that is off.
+    """`masked`, but a feature that is off is zero whatever its value was, and nothing at all flows back through it.
 
-    For outputs that meet a function which is infinitely steep at zero: the gradient that comes back is infinite there,
-    and ∞ · 0 is not a number.
+    For outputs that are infinite, or meet a function which is infinitely steep, at zero: ∞ · 0 is not a number.
     """
     shape = x.shape if dim is None else (-1, *(1,) * (-1 - dim))
     return _MaskedOff.apply(x, mask.to(x.dtype).view(shape))

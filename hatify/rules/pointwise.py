@@ -66,11 +66,15 @@ def power(call: Call) -> Labels:
 
 @rule(operator.truediv, torch.div, torch.true_divide, "div", "div_", "true_divide", operator.floordiv)
 def divide(call: Call) -> Labels:
-    """x / y is zero where x is. The result of number / tensor is on."""
-    labels = call.label(0)
-    return (
-        labels.expand(call.out.shape) if isinstance(labels, Tensor) and isinstance(call.out, Tensor) else call.all_on()
-    )
+    """x / y is zero where x is. The result of number / tensor is on.
+
+    Where the divisor is zero too, for a feature that is off (a statistic of it), a mask makes the result zero.
+    """
+    labels, divisor = call.label(0), call.label(1, "other")
+    if not isinstance(labels, Tensor) or not isinstance(call.out, Tensor):
+        return call.all_on()
+    labels = labels.expand(call.out.shape)
+    return call.mask(labels, zero_stays=True) if isinstance(divisor, Tensor) and _features(divisor) else labels
 
 
 @rule(

@@ -14,30 +14,43 @@ from torch import fx, nn
 from hatify.rules.registry import RULES
 
 _DIVISIONS = {"div", "div_", "truediv", "true_divide", "floordiv", "remainder", "fmod"}
-_SINGULAR_AT_ZERO = {"log", "log2", "log10", "rsqrt", "reciprocal", "sqrt"}
+_SINGULAR_AT_ZERO = {"log", "log2", "log10", "rsqrt", "reciprocal", "sqrt", "logit"}
 _POWERS = {"pow", "pow_"}
-_TRANSPARENT = ("hatify.rules.pointwise", "hatify.rules.movement")
+_ELEMENTWISE = ("hatify.rules.pointwise", "hatify.rules.movement")
+_STATISTICS = ("hatify.rules.reduction",)
 
 
 def endangered(net: nn.Module, graph: fx.Graph, modules: Container[str]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The nodes of `graph` whose values must not be made zero, and those of modules whose zeros meet a singularity.
+    """The nodes of `graph` whose values must not be made zero, and those where masks must hold against infinities.
 
-    `modules` are those with a policy of their own. Their masks cannot be left out, so gradients that come back to an
-    off feature, and may be infinite, have to be stopped there.
+    `modules` are those with a policy of their own. Their masks cannot be left out, so what comes back to an off
+    feature, and may be infinite, has to be stopped there, also where the singularity is reached through a statistic.
     """
-    never_masked: set[fx.Node] = set()
-    steep: set[fx.Node] = set()
-    waiting: list[Any] = [operand for node in graph.nodes for operand in _operands(node)]
+    singular = {node: _operands(node) for node in graph.nodes}
+    operands = [operand for found in singular.values() for operand in found]
+    never_masked, _ = _reach(net, operands, modules, _ELEMENTWISE)
+    around = [source for node, found in singular.items() if found for source in node.all_input_nodes]
+    passed, origins = _reach(net, around, modules, (*_ELEMENTWISE, *_STATISTICS))
+    return never_masked, passed | origins | {node for node, found in singular.items() if found}
+
+
+def _reach(
+    net: nn.Module, start: list[Any], modules: Container[str], through: tuple[str, ...]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes passed on the way back from `start` through operations of some families, and those where the way ends."""
+    passed: set[fx.Node] = set()
+    ends: set[fx.Node] = set()
+    waiting = list(start)
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in never_masked:
+        if not isinstance(node, fx.Node) or node in passed or node in ends:
             continue
-        if not _is_transparent(net, node, modules):
-            steep.add(node)
-            continue
-        never_masked.add(node)
-        waiting.extend(node.all_input_nodes)
-    return never_masked, steep
+        if _family(net, node, modules) in through:
+            passed.add(node)
+            waiting.extend(node.all_input_nodes)
+        else:
+            ends.add(node)
+    return passed, ends
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
@@ -47,6 +60,8 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
     name = str(getattr(node.target, "__name__", node.target))
     if name in _DIVISIONS:
         return node.args[1:2] or (node.kwargs.get("other"),)
+    if name == "addcdiv":
+        return node.args[2:3] or (node.kwargs.get("tensor2"),)
     if name in _SINGULAR_AT_ZERO:
         return node.args[:1] or (node.kwargs.get("input"),)
     if name in _POWERS and len(node.args) > 1:
@@ -56,10 +71,10 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
     return ()
 
 
-def _is_transparent(net: nn.Module, node: fx.Node, modules: Container[str]) -> bool:
+def _family(net: nn.Module, node: fx.Node, modules: Container[str]) -> str | None:
+    """The module that the rule for `node` is defined in; None without a rule."""
+    target: Any = node.target
     if node.op == "call_module":
-        target: Any = None if node.target in modules else type(net.get_submodule(str(node.target)))
-    else:
-        target = node.target
+        target = None if target in modules else type(net.get_submodule(str(target)))
     rule = RULES.get(target)
-    return rule is not None and rule.__module__ in _TRANSPARENT
+    return None if rule is None else rule.__module__
