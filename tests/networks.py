@@ -417,6 +417,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cast": lambda x: x.float().to(x.dtype),
     "detached scale": lambda x: x * x.detach().sigmoid(),
     "maximum": lambda x: torch.maximum(x, 0.1 * x),
+    "softplus quotient": lambda x: torch.addcdiv(x, x, F.softplus(x) + 0.1),
     "handwritten sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
     "handwritten swish": lambda x: x / (1 + (-x).exp()),
     "handwritten softplus": lambda x: torch.log(1 + x.exp()),
@@ -575,14 +576,14 @@ def parameter_along(signal: Signal) -> Tensor:
 
 
 class PaddedResidual(nn.Module):
-    """A residual whose shortcut is padded with channels of zeros, as in ResNets for CIFAR."""
+    """A residual whose shortcut is padded with channels of zeros, as in ResNets for CIFAR, or of something else."""
 
-    def __init__(self, body: nn.Module, padding: tuple[int, ...]) -> None:
+    def __init__(self, body: nn.Module, padding: tuple[int, ...], value: float, act: nn.Module) -> None:
         super().__init__()
-        self.body, self.padding = body, padding
+        self.body, self.padding, self.value, self.act = body, padding, value, act
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.padding) + self.body(x)
+        return self.act(F.pad(x, self.padding, value=self.value)) + self.body(x)
 
 
 @block("image", "tokens", "vector")
@@ -590,7 +591,9 @@ def padded_residual(draw: Draw, signal: Signal) -> Made:
     before, after = draw.one_of((0, 4), (2, 2), (0, 0))
     padding = (0, 0) * (-1 - signal.channel_dim) + (before, after)
     out = signal.wide(signal.channels + before + after)
-    return PaddedResidual(body(draw, signal, out.channels), padding), out
+    value = draw.one_of(0.0, 0.0, 1.0)
+    act = draw.one_of(nn.Identity, nn.Identity, nn.Sigmoid, nn.GELU)()
+    return PaddedResidual(body(draw, signal, out.channels), padding, value, act), out
 
 
 class Branches(nn.Module):
@@ -1429,6 +1432,34 @@ def auxiliary(draw: Draw, signal: Signal) -> Made:
     return Auxiliary(signal.channels, signal.channel_dim), signal.wide(signal.channels + 2)
 
 
+class OverPositions(nn.Module):
+    """A softmax, or a normalisation, over positions in elementary operations; channels that are off are all zero."""
+
+    def __init__(self, inner: nn.Module, dims: tuple[int, ...], how: str) -> None:
+        super().__init__()
+        self.inner, self.dims, self.how = inner, dims, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if self.how == "softmax":
+            e = torch.exp(torch.tanh(x))
+            return 4 * e / e.sum(self.dims, keepdim=True)
+        if self.how == "length":
+            return x / x.square().sum(self.dims, keepdim=True).sqrt()
+        return (x - x.mean(self.dims, keepdim=True)) / x.std(self.dims, keepdim=True)
+
+
+@block("image", "tokens")
+def over_positions(draw: Draw, signal: Signal) -> Made:
+    if math.prod(signal.spatial) < 4:
+        return stage(draw, signal)
+    how = draw.one_of("softmax", "length", "standardized")
+    draw.note(f"over_positions:{how}")
+    dims = (1,) if signal.kind == "tokens" else tuple(range(2, 2 + len(signal.spatial)))
+    inner = nn.Linear(signal.channels, 8) if signal.kind == "tokens" else CONV[len(dims)](signal.channels, 8, 1)
+    return OverPositions(inner, dims, how), signal.wide(8)
+
+
 class Quotient(nn.Module):
     def __init__(self, top: nn.Module, bottom: nn.Module) -> None:
         super().__init__()
@@ -1484,6 +1515,7 @@ SAME_POSITIONS = (
     "squeeze_excite", "twice", "tied", "scale_shift", "maxout", "position_mixer", "attention", "feed_forward",
     "recurrent", "padded", "bilinear", "computed_weight", "dynamic_weight", "mixture", "shared_stages", "channel_attention",
     "outer_product", "prototypes", "rearranged", "constants", "moving_center", "written_view", "auxiliary", "quotient",
+    "over_positions",
     "encoder_layer", "window_attention",
 )  # fmt: skip
 
@@ -1504,6 +1536,8 @@ class Network(nn.Module):
         x = self.front(x)
         if self.quirk == "dropout":
             x = F.dropout(x, 0.1, self.training)
+        if self.quirk == "rate":
+            x = x * (0.9 if self.training else 1.1)
         if self.training and self.quirk == "training":
             x = x * 0.9
         features = self.get_submodule(self.name)(x)
@@ -1596,7 +1630,7 @@ def _generate(draw: Draw, front: str) -> Generated:
         part, signal = any_block(draw, signal)
         parts.append(part)
     name = draw.one_of("body", "masks", "task", "graph", "census")
-    quirk = draw.one_of("none", "dropout", "training", "features")
+    quirk = draw.one_of("none", "dropout", "rate", "training", "features")
     draw.note(f"quirk:{quirk}")
     head = _head(draw, signal, entry)
     conditioned = front == "conditioned"
