@@ -366,6 +366,23 @@ def test_an_operation_that_does_not_keep_zero_is_masked_again() -> None:
     assert found["b"][0].tolist() == leaves(space, "a")
 
 
+def test_a_condition_gets_no_mask() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x.masked_fill(x < 0, 0.0) / x)
+
+    model = hatify.hatify(Filled(), 2, (torch.randn(2, 4),))
+    condition = next(node for node in model.graph.nodes if node.name == "lt")
+    assert [user.target for user in condition.users] == ["masked_fill"]
+    model.begin_task(0)
+    model(torch.randn(2, 4)).sum().backward()
+
+
 def test_without_coupling_a_sum_is_read_as_a_set() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:

@@ -99,7 +99,7 @@ class Call:
         always zero is ON afterwards, unless the operation maps zero to zero there.
         """
         out = self.out
-        if labels.shape != out.shape or self.never_masked:
+        if labels.shape != out.shape or self.never_masked or not (out.is_floating_point() or out.is_complex()):
             return self.all_on()
         if not zero_stays:
             labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
