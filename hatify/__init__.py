@@ -2,14 +2,17 @@
 
 from hatify.census import Census, Entry
 from hatify.convert import hatify
-from hatify.errors import ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.errors import CheckpointError, ConversionError, HatError, HatWarning, IsolationError, TaskError
 from hatify.model import HatModel
+from hatify.plain import load_plain_state_dict
 from hatify.policy import Policy
+from hatify.saving import load, save
 from hatify.schedule import MaskScale
 from hatify.verify import verify_isolation
 
 __all__ = [
     "Census",
+    "CheckpointError",
     "ConversionError",
     "Entry",
     "HatError",
@@ -20,5 +23,8 @@ __all__ = [
     "Policy",
     "TaskError",
     "hatify",
+    "load",
+    "load_plain_state_dict",
+    "save",
     "verify_isolation",
 ]
