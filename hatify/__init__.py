@@ -3,6 +3,7 @@
 from hatify.census import Census, Entry
 from hatify.convert import hatify
 from hatify.errors import CheckpointError, ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.forget import forget_task
 from hatify.model import HatModel
 from hatify.plain import load_plain_state_dict
 from hatify.policy import Policy
@@ -22,6 +23,7 @@ __all__ = [
     "MaskScale",
     "Policy",
     "TaskError",
+    "forget_task",
     "hatify",
     "load",
     "load_plain_state_dict",

@@ -46,8 +46,7 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
     for path, module in modules:
         if isinstance(module, PerTask):
             new = fresh[path] if path in fresh else [copy.deepcopy(module[source], memo) for memo in memos]
-            module.extend(new)
-            module.train(module.training)
+            module.extend([m.train(module.training) for m in new])
         else:
             for _ in range(n):
                 module.add(source)
