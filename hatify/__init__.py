@@ -5,11 +5,11 @@ from hatify.convert import hatify
 from hatify.errors import CheckpointError, ConversionError, HatError, HatWarning, IsolationError, TaskError
 from hatify.forget import forget_task
 from hatify.model import HatModel
-from hatify.plain import load_plain_state_dict
 from hatify.policy import Policy
 from hatify.saving import load, save
 from hatify.schedule import MaskScale
 from hatify.verify import verify_isolation
+from hatify.weights import load_plain_state_dict
 
 __all__ = [
     "Census",

@@ -16,8 +16,8 @@ from hatify.lock import locked_entries, named_tensors, owned_by_tasks
 from hatify.model import HatModel
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import initial_embedding
-from hatify.plain import OriginalWeights
 from hatify.rewrite import STATE
+from hatify.weights import OriginalWeights
 
 RESETS = ("random", "original", "zero")
 

@@ -196,7 +196,8 @@ def _candidates(net: Any) -> Iterator[Architecture]:
         for given in (getattr(net, "_model_args", None), read_off):
             arguments = {key: value for key, value in (given or {}).items() if key not in _NOT_ARCHITECTURE}
             if given is not None and jsonable(arguments):
-                yield Architecture("timm", name, arguments)
+                # As they will be read again: with lists for tuples.
+                yield Architecture("timm", name, json.loads(json.dumps(arguments)))
     kind = type(net)
     if kind.__module__ not in ("__main__", "builtins") and "<" not in kind.__qualname__:
         parameters = inspect.signature(kind).parameters.values()

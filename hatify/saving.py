@@ -36,8 +36,8 @@ from hatify.errors import CheckpointError, HatError
 from hatify.lock import named_tensors
 from hatify.model import HatModel
 from hatify.origin import Architecture, Origin, jsonable
-from hatify.plain import check_keys
 from hatify.rewrite import STATE
+from hatify.weights import check_keys
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "hatify.json"
 #: What does not count yet is in a folder of this name.
