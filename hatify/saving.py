@@ -366,8 +366,8 @@ def _converted_again(description: dict[str, Any], inputs: Tensor, net: nn.Module
     """The model as it was after conversion, but for its weights."""
     architecture = Architecture(**description["architecture"])
     given = net is not None
-    net = architecture.build() if net is None else net
     with torch.random.fork_rng(devices=[]):
+        net = architecture.build() if net is None else net
         device = next((t.device for t in net.parameters()), torch.device("cpu"))
         example = tree_map_only(Tensor, lambda t: t.to(device), _unpacked(inputs))
         model = hatify(net, example_inputs=example, **description["conversion"])
