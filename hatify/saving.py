@@ -65,6 +65,8 @@ def save(model: HatModel, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: `path` is something else, cannot be written, or something in the model cannot be saved.
     """
+    if not isinstance(model, HatModel):
+        raise CheckpointError(f"expected a converted model itself, not {type(model).__name__} (which may hold one)")
     folder = Path(path).absolute()
     model.__dict__["_origin"] = model._origin.resolved()
     stamp = uuid.uuid4().hex

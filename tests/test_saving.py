@@ -487,6 +487,12 @@ def test_a_full_disk_leaves_what_was_there(model, tmp_path, there):
         assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_only_converted_models_are_saved(model, tmp_path):
+    for wrong in (SmallNet(), nn.DataParallel(model)):
+        with pytest.raises(CheckpointError, match=type(wrong).__name__):
+            save(wrong, tmp_path / "out")
+
+
 def test_tensors_without_values_are_refused(model, tmp_path):
     model.register_buffer("nowhere", torch.empty(2, device="meta"))
     with pytest.raises(CheckpointError, match="nowhere"):

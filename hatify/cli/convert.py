@@ -27,9 +27,7 @@ from hatify.weights import load_plain_state_dict
 def convert(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(
-            help="A checkpoint: .safetensors, sharded or not, or what torch.save wrote.", metavar="CHECKPOINT"
-        ),
+        typer.Argument(help="Weights: .safetensors, sharded or not, or what torch.save wrote.", metavar="CHECKPOINT"),
     ] = None,
     *,
     num_tasks: Annotated[int, typer.Option(help="How many tasks there will be.")],
@@ -167,25 +165,19 @@ def _print_conversion(model: HatModel, found: Checkpoint | None, out: Path | Non
         }
     notes["unused"] = [e.name for e in model.census if e.policy == "unused"]
     if as_json:
-        print_json(
-            {
-                "out": None if out is None else str(out),
-                "checkpoint": notes,
-                **sums,
-                "layers": [asdict(row) for row in rows],
-            }
-        )
+        written = None if out is None else str(out)
+        print_json({"out": written, "checkpoint": notes, **sums, "layers": [asdict(row) for row in rows]})
         return
     table = Table("layer", "policy", *(right(h) for h in ("features", "parameters before", "after")))
     for row in rows:
-        table.add_row(
-            row.layer, row.policy, f"{row.features:,}" if row.features else "", f"{row.before:,}", f"{row.after:,}"
-        )
+        features = f"{row.features:,}" if row.features else ""
+        table.add_row(row.layer, row.policy, features, f"{row.before:,}", f"{row.after:,}")
     console = Console()
     console.print(table)
     console.print(
         f"parameters: {sums['parameters_before']:,} before, {sums['parameters_after']:,} after, for {model.num_tasks} "
-        f"tasks; {sums['parameters_per_task']:,} ({sums['per_task_share']:.1%}) are each task's own"
+        f"tasks; {sums['parameters_per_task']:,} ({sums['per_task_share']:.1%}) are each task's own",
+        soft_wrap=True,
     )
     if found is not None:
         console.print(
@@ -193,10 +185,11 @@ def _print_conversion(model: HatModel, found: Checkpoint | None, out: Path | Non
             + (f", under {found.state_key!r}" if found.state_key else "")
             + (f", renamed: without {found.prefix!r}" if found.prefix else ""),
             markup=False,
+            soft_wrap=True,
         )
     for label, key in (("skipped", "left_out"), ("other weights in it (--state-key)", "other_weights")):
         if notes.get(key):
-            console.print(f"{label}: {', '.join(notes[key])}", markup=False)
+            console.print(f"{label}: {', '.join(notes[key])}", markup=False, soft_wrap=True)
     if notes["unused"]:
-        console.print(f"not read by the forward pass: {', '.join(notes['unused'])}", markup=False)
-    console.print("nothing written" if out is None else f"written to {out}", markup=False)
+        console.print(f"not read by the forward pass: {', '.join(notes['unused'])}", markup=False, soft_wrap=True)
+    console.print("nothing written" if out is None else f"written to {out}", markup=False, soft_wrap=True)

@@ -54,7 +54,8 @@ def inspect(
     console = Console()
     console.print(table)
     finished = ", ".join(map(str, model.finished_tasks)) or "none"
-    console.print(f"tasks: {model.num_tasks}; finished: {finished}; open: {model.active_task}")
+    opened = "none" if model.active_task is None else model.active_task
+    console.print(f"tasks: {model.num_tasks}; finished: {finished}; open: {opened}")
     console.print(f"features in use: {used:,} of {state.num_slots:,} ({used / total:.1%})")
 
 
