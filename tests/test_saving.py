@@ -315,6 +315,27 @@ def test_timm_models_are_made_again(tmp_path, entry):
         assert loaded.get_classifier().out_features == model.get_classifier().out_features
 
 
+@pytest.mark.parametrize(("name", "edge"), [("test_efficientnet", 64), ("test_convnext", 64), ("test_vit", 160)])
+def test_models_of_many_kinds_come_back_in_the_middle_of_a_task(tmp_path, name, edge):
+    x = torch.randn(2, 3, edge, edge)
+    model = convert(
+        timm.create_model(name, num_classes=4, img_size=edge) if "vit" in name else timm.create_model(name), 2
+    )
+    for task in range(2):
+        model.begin_task(task)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(x).square().mean().backward()
+        optimizer.step()
+        if task == 0:
+            model.end_task()
+    save(model, tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    assert same_state(loaded, model)
+    for each in (model, loaded):
+        each.abort_task()
+    assert same_state(loaded, model) and same(answers(loaded, x=x), answers(model, x=x))
+
+
 def test_what_cannot_be_made_by_name_is_given(tmp_path):
     torch.manual_seed(0)
     model = convert(SmallNet(12), 2, (images(2),))
