@@ -2,14 +2,18 @@
 
 from hatify.census import Census, Entry
 from hatify.convert import hatify
-from hatify.errors import ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.errors import CheckpointError, ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.forget import forget_task
 from hatify.model import HatModel
 from hatify.policy import Policy
+from hatify.saving import load, save
 from hatify.schedule import MaskScale
 from hatify.verify import verify_isolation
+from hatify.weights import load_plain_state_dict
 
 __all__ = [
     "Census",
+    "CheckpointError",
     "ConversionError",
     "Entry",
     "HatError",
@@ -19,6 +23,10 @@ __all__ = [
     "MaskScale",
     "Policy",
     "TaskError",
+    "forget_task",
     "hatify",
+    "load",
+    "load_plain_state_dict",
+    "save",
     "verify_isolation",
 ]

@@ -142,6 +142,7 @@ class Guard:
         self.saved = saved or {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
         self.task = task
         state = model.task_state
+        self.was_finished = state.finished[task]
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.used = state.used(besides=task).to(state.embeddings[task].dtype)
         self.embedding = state.embeddings[task]

@@ -16,9 +16,12 @@ from torch import Tensor, fx, nn
 from hatify.census import Census
 from hatify.errors import HatError, HatWarning, TaskError
 from hatify.gate import gate
+from hatify.growth import grow
 from hatify.lock import Guard, named_tensors
+from hatify.mixed import answer_each, check_tasks
 from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.nn.state import TaskState
+from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
 from hatify.rewrite import STATE
@@ -50,8 +53,10 @@ class HatModel(fx.GraphModule):
     uses: dict[str, list[Use]]
     constants: tuple[str, ...]
     _owners: dict[str, str]
+    _origin: Origin
     _graphs: dict[bool, fx.Graph]
     _guard: Guard | None
+    _task_of_sample: Tensor | None
     _mode_readers: tuple[str, ...]
 
     def __init__(
@@ -62,6 +67,7 @@ class HatModel(fx.GraphModule):
         plan: Plan,
         s_max: float,
         example_inputs: tuple[Any, ...] | dict[str, Any],
+        origin: Origin,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name="HatModel")
         for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
@@ -78,8 +84,10 @@ class HatModel(fx.GraphModule):
             uses=plan.uses,
             constants=tuple(e.name for e in plan.census if e.policy == "constant"),
             _owners=plan.owners,
+            _origin=origin,
             _trainable={name for name, p in self.named_parameters() if p.requires_grad},
             _guard=None,
+            _task_of_sample=None,
         )
         self._install({True: training, False: evaluation})
         if training is not evaluation:
@@ -155,6 +163,12 @@ class HatModel(fx.GraphModule):
             self._open_guard({name: fn(tensor) for name, tensor in saved.items()})
         return self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tasks = self._task_of_sample
+        if tasks is None:
+            return super().__call__(*args, **kwargs)
+        return answer_each(self, tasks, args, kwargs)
+
     # Tasks -----------------------------------------------------------------------------------------------------------
 
     @property
@@ -204,10 +218,18 @@ class HatModel(fx.GraphModule):
         if self.active_task is not None:
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
         self.task_state.task_before = self.task_state.task
+        self._drop_guard()
         self.task_state.learning = task
-        self._set_task(task)
-        self._settle()
-        self._open_guard()
+        try:
+            self._set_task(task)
+            self._settle()
+            self._open_guard()
+        except BaseException:
+            # Without a guard there is nothing that abort_task could return to.
+            if self._guard is None:
+                self.task_state.learning = None
+                self._set_task(self.task_state.task_before)
+            raise
         self.mask_scale = self.s_max
         self.zero_grad(set_to_none=True)
         self.train()
@@ -254,27 +276,58 @@ class HatModel(fx.GraphModule):
         with torch.no_grad():
             for name, tensor in named_tensors(self):
                 tensor.copy_(guard.saved[name])
+        # end_task may have been interrupted.
+        self.task_state.finished[guard.task] = guard.was_finished
         self._set_task(self.task_state.task_before)
         self._close_guard()
 
-    def set_task(self, task: int) -> None:
-        """Choose the task that answers.
+    def set_task(self, task: int | Tensor) -> None:
+        """Choose the task that answers, or one for each sample.
+
+        Args:
+            task: its number; or the numbers of finished tasks, int64, shape (batch,): each sample of the next calls,
+                which are in evaluation mode and have batches of this length, is answered by its own task. All tensors
+                that go in and come out must have the batch as their first dimension.
 
         Raises:
-            TaskError: there is no such task.
+            TaskError: there is no such task, or, of several, one is not finished.
         """
-        self._check_task(task)
-        self._set_task(task)
+        if isinstance(task, Tensor):
+            check_tasks(self, task)
+            self.__dict__["_task_of_sample"] = task.clone()
+        else:
+            self._check_task(task)
+            self._set_task(task)
 
     @contextmanager
-    def task(self, task: int) -> Iterator[HatModel]:
+    def task(self, task: int | Tensor) -> Iterator[HatModel]:
         """Within the context, `task` answers."""
-        before = self.task_state.task
+        before, each_before = self.task_state.task, self._task_of_sample
         self.set_task(task)
         try:
             yield self
         finally:
             self._set_task(before)
+            self.__dict__["_task_of_sample"] = each_before
+
+    def add_tasks(self, n: int, num_classes: int | Iterable[int] | None = None) -> None:
+        """Make room for `n` more tasks than were foreseen; what finished tasks answer does not change.
+
+        Every parameter and buffer there is stays the same object, so optimizers, hooks and wrappers that hold some
+        keep them; the new tasks' own are new objects, which an optimizer made before does not hold. They start as
+        copies of those of a task that has learned nothing yet, or else of the last task. Compile, export or
+        distribute the model afterwards.
+
+        Args:
+            n: how many, at least 1.
+            num_classes: outputs of each new head, one number or one per new task; these are freshly initialised.
+                None: as at the conversion.
+
+        Raises:
+            TaskError: a task is open.
+            ValueError: an argument is out of range, or `num_classes` is needed.
+        """
+        grow(self, n, num_classes)
 
     def masks(self, task: int) -> dict[str, Tensor]:
         """The binary masks of a task: {name of layer or parameter: bool, shape (features,)}.
@@ -302,6 +355,7 @@ class HatModel(fx.GraphModule):
             raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
 
     def _set_task(self, task: int) -> None:
+        self.__dict__["_task_of_sample"] = None
         for module in self.modules():
             if isinstance(module, (*PER_TASK, TaskState)):
                 module.task = task
@@ -313,16 +367,19 @@ class HatModel(fx.GraphModule):
         return self._guard, task
 
     def _open_guard(self, saved: Mapping[str, Tensor] | None = None) -> None:
-        if self._guard is not None:
-            self._guard.close()
+        self._drop_guard()
         assert self.active_task is not None
         self.__dict__["_guard"] = Guard(self, self.active_task, dict(saved) if saved else None)
 
+    def _drop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
+            self.__dict__["_guard"] = None
+
     def _close_guard(self) -> None:
-        assert self._guard is not None
-        self._guard.close()
-        self.__dict__["_guard"] = None
+        # From here on no task is open; whatever interrupts the rest, begin_task makes up for.
         self.task_state.learning = None
+        self._drop_guard()
         self.zero_grad(set_to_none=True)
         self._settle()
         self.eval()
@@ -397,8 +454,7 @@ def _after_loading(model: HatModel, incompatible: Any) -> None:
     model._set_task(state.task)
     model._settle()
     if model._guard is not None and model._guard.task != state.learning:
-        model._guard.close()
-        model.__dict__["_guard"] = None
+        model._drop_guard()
     if model._guard is None and state.learning is not None:
         model._open_guard()
 
