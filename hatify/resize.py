@@ -1,0 +1,150 @@
+"""Rewrite the calls that mention sizes and positions, for values that have lost indices."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from hatify.axes import Axis, Dims
+
+_SPLITS = ("split", "chunk", "tensor_split", "split_with_sizes")
+_PADS = (F.pad, torch._C._nn.pad)
+
+
+class CannotCut(Exception):
+    """A node cannot do without the indices that were to go."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[fx.Node, Any]) -> Call:
+    """Target and arguments of `node` for what is kept of its input and output.
+
+    Args:
+        node: a call of a function or method.
+        args: its arguments in the new graph.
+        kwargs: the same.
+        axes: of every node.
+
+    Raises:
+        CannotCut: the call has no such form.
+    """
+    source, out = axes.get(_first(node)), axes[node]
+    dims = [d for d in tree_leaves((source, out)) if isinstance(d, Dims)]
+    if not any(axis.cut for d in dims for axis in d):
+        return node.target, args, kwargs
+    name = str(getattr(node.target, "__name__", node.target))
+    if name == "scaled_dot_product_attention":
+        return node.target, args, {"scale": source[-1].kept.numel() ** -0.5, **kwargs}
+    if not isinstance(source, Dims):
+        return node.target, args, kwargs
+    if name in ("reshape", "view"):
+        sizes = args[1:] or (kwargs.get("shape", kwargs.get("size")),)
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        return node.target, (args[0], _sizes(node, sizes, out)), {}
+    if name in ("expand", "broadcast_to"):
+        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+        return node.target, (args[0], _sizes(node, sizes, out)), kwargs
+    if name == "unflatten":
+        dim, sizes = args[1] % len(source), args[2]
+        return node.target, (*args[:2], _sizes(node, sizes, out[dim : dim + len(sizes)])), kwargs
+    if name in _SPLITS:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        if not isinstance(dim, int):
+            raise CannotCut(node)
+        return torch.split, (args[0], [_count(part[dim]) for part in out], dim), {}
+    if name == "narrow" and all(isinstance(a, int) for a in args[1:]):
+        kept, start, length = source[args[1]].kept, args[2], args[3]
+        return node.target, (*args[:2], int(kept[:start].sum()), int(kept[start : start + length].sum())), kwargs
+    if name == "select" and len(args) == 3:
+        return node.target, (*args[:2], _position(node, args[2], source[args[1]])), kwargs
+    if node.target is operator.getitem:
+        return node.target, (args[0], _index(node, args[1], source)), kwargs
+    if node.target in _PADS:
+        return node.target, (args[0], _padding(args[1] if len(args) > 1 else kwargs["pad"], out), *args[2:]), {
+            k: v for k, v in kwargs.items() if k != "pad"
+        }
+    return node.target, args, kwargs
+
+
+def _first(node: fx.Node) -> Any:
+    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node.kwargs.get("input")
+
+
+def _count(axis: Axis) -> int:
+    return int(axis.kept.sum())
+
+
+def _sizes(node: fx.Node, sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[Any, ...]:
+    """Sizes with those that were cut replaced; at most one, that depends on the input, can be left to torch."""
+    if isinstance(sizes, fx.Node):
+        raise CannotCut(node)
+    result: list[Any] = []
+    for size, axis in zip(sizes, dims, strict=True):
+        if not axis.cut or (isinstance(size, int) and size == -1):
+            result.append(size)
+        else:
+            result.append(-1 if isinstance(size, fx.Node) else _count(axis))
+    if sum(isinstance(size, int) and size == -1 for size in result) > 1 and len(dims) == len(set(map(id, dims))):
+        raise CannotCut(node)
+    return tuple(result)
+
+
+def _position(node: fx.Node, index: Any, axis: Axis) -> Any:
+    """Where a kept index has moved."""
+    if not axis.cut:
+        return index
+    if not isinstance(index, int):
+        raise CannotCut(node)
+    return int(axis.kept[: index % axis.kept.numel()].sum())
+
+
+def _index(node: fx.Node, index: Any, dims: Dims) -> Any:
+    items = list(index) if isinstance(index, tuple) else [index]
+    taken = sum(item is not None and item is not Ellipsis for item in items)
+    result, d = [], 0
+    for item in items:
+        if item is None:
+            result.append(item)
+        elif item is Ellipsis:
+            result.append(item)
+            d += len(dims) - taken
+        else:
+            result.append(_slice(node, item, dims[d]) if isinstance(item, slice) else _position(node, item, dims[d]))
+            d += 1
+    return tuple(result) if isinstance(index, tuple) else result[0]
+
+
+def _slice(node: fx.Node, piece: slice, axis: Axis) -> slice:
+    """The slice of the kept indices that holds those in `piece`."""
+    if not axis.cut or piece == slice(None):
+        return piece
+    if any(isinstance(end, fx.Node) for end in (piece.start, piece.stop, piece.step)):
+        raise CannotCut(node)
+    positions = (axis.kept.cumsum(0) - 1)[piece][axis.kept[piece]].tolist()
+    step = positions[1] - positions[0] if len(positions) > 1 else 1
+    if positions != list(range(positions[0], positions[-1] + 1, step)):
+        raise CannotCut(node)
+    return slice(positions[0], positions[-1] + 1, step)
+
+
+def _padding(padding: Sequence[Any], out: Dims) -> list[Any]:
+    """How much of the padding is kept."""
+    result = list(padding)
+    for j in range(len(padding) // 2):
+        axis, before, after = out[-1 - j], padding[2 * j], padding[2 * j + 1]
+        if axis.cut and isinstance(before, int) and isinstance(after, int):
+            result[2 * j] = int(axis.kept[:before].sum())
+            result[2 * j + 1] = int(axis.kept[axis.kept.numel() - after :].sum()) if after else 0
+    return result
