@@ -145,7 +145,7 @@ class Grouped:
 def _levelled(kept: Tensor, alive: Tensor) -> Tensor:
     """`kept` (groups, features) with as many features in each group that is alive as the fullest has, at least one."""
     count = max(1, int(kept.sum(1).max()))
-    first = (~kept).to(torch.uint8).argsort(1, stable=True)[:, :count]
+    first = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
     return kept | (torch.zeros_like(kept).scatter(1, first, True) & alive)
 
 
@@ -167,7 +167,8 @@ class Removal(SupportInterpreter):
     """
 
     def __init__(self, model: HatModel, modules: dict[str, nn.Module], frozen: set[fx.Node], compact: bool) -> None:
-        super().__init__(model, model.graph, Classification({}, frozenset()), LabelSpace(couple=True), Findings())
+        nothing = Classification({}, frozenset())
+        super().__init__(children_of(model), model.graph, nothing, LabelSpace(couple=True), Findings())
         self.plain, self.frozen, self.compact = modules, frozen, compact
         self.axes: dict[fx.Node, Any] = {}
         self.attributes: dict[str, Dims] = {}
@@ -548,6 +549,13 @@ _ELEMENTWISE = {
     movement.cast,
 }
 _MOVEMENTS = {movement.run_on_labels, movement.item, movement.pad, movement.attribute}
+
+
+def children_of(model: HatModel) -> nn.Module:
+    """A module with the model's children and parameters, that has no attributes of its own to hide them."""
+    bare = nn.Module()
+    vars(bare).update({table: vars(model)[table] for table in ("_modules", "_parameters", "_buffers", "training")})
+    return bare
 
 
 def is_mask(node: fx.Node) -> bool:

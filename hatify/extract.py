@@ -70,7 +70,7 @@ def extract_task(
                 _Twins(model, writer, plain, removal).run(*values)
             except CannotCut as refusal:
                 if refusal.node in frozen or not compact:
-                    raise HatError(f"task {task} cannot be extracted: {refusal}") from refusal.__cause__
+                    raise HatError(f"task {task} cannot be extracted: {refusal}: {refusal.__cause__}") from refusal.__cause__
                 frozen.add(refusal.node)
             else:
                 return plain
@@ -84,7 +84,7 @@ class _Twins(fx.Interpreter):
     """
 
     def __init__(self, model: HatModel, writer: Writer, plain: fx.GraphModule, removal: Removal) -> None:
-        super().__init__(model, graph=model.graph)
+        super().__init__(removal.module, graph=model.graph)
         self.writer, self.removal = writer, removal
         self.twin = fx.Interpreter(plain)
         self.last_uses = self.twin.user_to_last_uses

@@ -12,11 +12,11 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils import parametrize
 
 from hatify.answers import check_size
-from hatify.axes import Dims, Removal, is_mask
+from hatify.axes import Dims, Removal, children_of, is_mask
 from hatify.classify import detached_copy
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off
-from hatify.nn.layers import LAYERS, masked_parameters
+from hatify.nn.layers import LAYERS
 from hatify.nn.norms import NORMS, _masked_affine, is_known
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
@@ -33,9 +33,9 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
 
     Tied parameters stay tied.
     """
-    found = {}
+    children, found = children_of(model), {}
     for path in dict.fromkeys(str(n.target) for n in model.graph.nodes if n.op == "call_module"):
-        module = model.get_submodule(path)
+        module = children.get_submodule(path)
         if not isinstance(module, (TaskState, PerTaskTensor)):
             found[path] = module[task] if isinstance(module, PerTask) else module
     copies = detached_copy(nn.ModuleList(found.values())).eval()
@@ -43,16 +43,24 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
         base = getattr(type(module), "base", None)
         if base in LAYERS:
             module.__class__ = base
-            vars(module).pop("fold", None)
-        for name in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, name)
+        if parametrize.is_parametrized(module):
+            _unparametrize(module)
         for hook in list(module._forward_pre_hooks.values()):
             if type(hook).__name__ in _WEIGHT_HOOKS:
                 _WEIGHT_HOOKS[type(hook).__name__](module, hook.name)
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(parameter.is_floating_point()).grad = None
     return dict(zip(found, copies, strict=True))
 
+
+
+def _unparametrize(module: Any) -> None:
+    """As torch's ``remove_parametrizations``, which would damage the original: a copy shares its class."""
+    values = {name: getattr(module, name).detach() for name in module.parametrizations}
+    requires_grad = False  # as computed weights are, without gradients
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module._load_state_dict_pre_hooks.clear()
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad))
 
 
 #: Names that a GraphModule needs for itself.
@@ -81,6 +89,7 @@ class Writer:
         self.values: dict[fx.Node, Any] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
         self.variants: dict[tuple[str, str | None], str] = {}
+        self.identity = nn.Identity()
         self.tied: dict[int, list[nn.Parameter]] = {}
 
     def write(self) -> fx.GraphModule:
@@ -158,30 +167,40 @@ class Writer:
         inside = next((path for path in self.modules if name.startswith(f"{path}.")), None)
         if inside is not None:
             name = name.replace(".", "_")
-        return self._get(name, cut)
+        read = self._get(name, cut)
+        if isinstance(cut, nn.Parameter) or all(u.op != "call_method" and len(u.all_input_nodes) > 1 for u in node.users):
+            return read
+        # Unpickling traces the code, where buffers, unlike outputs of modules, are tensors that meet no placeholders.
+        return self.graph.create_node("call_module", self._store("buffer", self.identity), (read,))
 
     def _get(self, name: str, value: Tensor) -> fx.Node:
         """A node that reads a parameter or buffer, which is stored under `name` if that is free."""
-        return self.graph.get_attr(self._store(name, value))
+        return self.graph.create_node("get_attr", self._store(name, value))
 
     def _store(self, name: str, value: Any) -> str:
+        """Keep a module, parameter or buffer under `name`, or under a similar one where that is taken."""
         first, dot, rest = name.partition(".")
-        first = f"{first}_" if first in _TAKEN else first
-        name, number = f"{first}{dot}{rest}", 1
-        free = name
-        while free in self.root and self.root[free] is not value:
+        name = f"{first}_{dot}{rest}" if first in _TAKEN else name
+        if any(name.startswith(f"{path}.") for path, held in self.root.items() if isinstance(held, nn.Module)):
+            name = name.replace(".", "_")
+        free, number = name, 1
+        while self._is_taken(free, value):
             number += 1
             free = f"{name}_{number}"
         self.root[free] = value
         return free
 
+    def _is_taken(self, name: str, value: Any) -> bool:
+        inside = isinstance(value, nn.Module) and any(path.startswith(f"{name}.") for path in self.root)
+        return inside or self.root.get(name, value) is not value
+
     def _parameter(self, source: Tensor, value: Tensor) -> nn.Parameter:
         """`value` as a parameter: one and the same for equal parts of one source, so that ties hold."""
         known = self.tied.setdefault(id(source), [])
         for parameter in known:
-            if parameter.shape == value.shape and torch.equal(parameter, value):
+            if torch.equal(parameter, value):
                 return parameter
-        known.append(nn.Parameter(value.detach().clone(), value.is_floating_point()))
+        known.append(value if isinstance(value, nn.Parameter) else nn.Parameter(value.clone(), source.requires_grad))
         return known[-1]
 
     # Masks -----------------------------------------------------------------------------------------------------------
@@ -194,13 +213,12 @@ class Writer:
         view = _cut_along(view, dims)
         if view.all():
             return x
-        name = f"{str(node.args[1]).replace('.', '_')}"
+        name = str(node.args[1])
         factor = self._get(name, view.to(self.removal.dtypes[node]))
         product = self.graph.call_function(operator.mul, (x, factor))
         if node.target is masked:
             return product
-        off = self.graph.call_function(operator.eq, (factor, 0))
-        return self.graph.call_function(torch.where, (off, 0.0, product))
+        return self.graph.call_function(torch.where, (self._get(f"{name}_off", view == 0), 0.0, product))
 
     def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         path, mask = str(node.target), self.removal.masks.get(node)
@@ -210,7 +228,12 @@ class Writer:
             return self._masked_norm(path, args[0] if args else next(iter(kwargs.values())), mask, node)
         key = (path, None if mask is None else str(node.kwargs["mask"]))
         if key not in self.variants:
-            self.variants[key] = self._store(path, self._baked(self._cut(path), mask))
+            module = self._baked(self._cut(path), mask)
+            for name, parameter in module._parameters.items():
+                source = self.modules[path]._parameters[name]
+                if parameter is not None and source is not None and parameter is not source:
+                    module._parameters[name] = self._parameter(source, parameter)
+            self.variants[key] = self._store(path, module)
         return self.graph.create_node("call_module", self.variants[key], args, kwargs, node.name)
 
     def _cut_mask(self, path: str, mask: Tensor) -> Tensor | None:
@@ -234,20 +257,28 @@ class Writer:
         elif path in self.removal.norms and any(axis.cut for axis in self.removal.norms[path]):
             module = copy.deepcopy(module)
             cut_norm(module, self.removal.norms[path])
-        return self._with_ties(module, self.modules[path])
-
-    def _baked(self, module: Any, mask: Tensor | None) -> nn.Module:
-        """The module with the rows of the features that are off multiplied by zero."""
-        if mask is None:
-            return module
-        parts = masked_parameters if type(module) in LAYERS else _masked_affine
-        module, source = copy.copy(module), module
-        module._parameters = dict(module._parameters)
-        for name, value in zip(("weight", "bias"), parts(source, mask), strict=True):
-            module._parameters[name] = None if value is None else nn.Parameter(value.detach())
         return module
 
-    def _with_ties(self, module: nn.Module, source: nn.Module) -> nn.Module:
+    def _baked(self, module: Any, mask: Tensor | None) -> nn.Module:
+        """The module with the rows of the features that are off multiplied by zero.
+
+        torch multiplies matrices in another order where a weight requires a gradient, so equality to the bit takes the
+        flags that the weights have in the model.
+        """
+        if mask is None:
+            return module
+        source, module = module, copy.copy(module)
+        module._parameters = dict(source._parameters)
+        if type(source) in LAYERS:
+            entries = LAYERS[type(source)].entries(source, mask.to(source.weight.dtype).unsqueeze(1), None)
+            masked = {name: getattr(source, name) for name in entries}
+            masked = {name: p if p is None else p * entries[name][0].squeeze(-1) for name, p in masked.items()}
+        else:
+            masked = dict(zip(("weight", "bias"), _masked_affine(source, mask), strict=True))
+        for name, value in masked.items():
+            old = source._parameters[name]
+            learns = old is not None and old.requires_grad and not getattr(source, "fold", False)
+            module._parameters[name] = None if value is None else nn.Parameter(value.detach(), learns)
         return module
 
     def _masked_norm(self, path: str, x: fx.Node, mask: Tensor, node: fx.Node) -> fx.Node:
@@ -319,8 +350,8 @@ def cut_layer(layer: Any, read: Tensor | None, written: Tensor) -> None:
         if kind == "channels":
             layer.groups = len(alive)
         if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias.detach()[written])
-    layer.weight = nn.Parameter(weight)
+            layer.bias = nn.Parameter(layer.bias.detach()[written], layer.bias.requires_grad)
+    layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
 
 
 def cut_norm(norm: Any, dims: Dims) -> None:
@@ -330,7 +361,7 @@ def cut_norm(norm: Any, dims: Dims) -> None:
         for name, value in table.items():
             if value is not None and value.shape == shape:
                 cut = _cut_along(value.detach(), dims)
-                table[name] = nn.Parameter(cut) if isinstance(value, nn.Parameter) else cut
+                table[name] = nn.Parameter(cut, value.requires_grad) if isinstance(value, nn.Parameter) else cut
     counts = tuple(int(axis.kept.sum()) for axis in dims)
     for name in ("num_features", "num_channels", "num_parameters"):
         if hasattr(norm, name):

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from hatify.axes import Axis, Dims
 
 _SPLITS = ("split", "chunk", "tensor_split", "split_with_sizes")
+#: torch's functions that make tensors from sizes; their twins in ``torch.ops`` can be traced again.
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
 _PADS = (F.pad, torch._C._nn.pad)
 
 
@@ -40,22 +42,23 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
     Raises:
         CannotCut: the call has no such form.
     """
+    name = str(getattr(node.target, "__name__", node.target))
+    if name in _FACTORIES and node.target is getattr(torch, name) and node.all_input_nodes:
+        sizes = () if name in ("arange", "eye", "full", "linspace") else ([*_unpacked(args)],)
+        return getattr(torch.ops.aten, name), sizes or args, kwargs
     source, out = axes.get(_first(node)), axes[node]
     dims = [d for d in tree_leaves((source, out)) if isinstance(d, Dims)]
     if not any(axis.cut for d in dims for axis in d):
         return node.target, args, kwargs
-    name = str(getattr(node.target, "__name__", node.target))
     if name == "scaled_dot_product_attention":
         return node.target, args, {"scale": source[-1].kept.numel() ** -0.5, **kwargs}
     if not isinstance(source, Dims):
         return node.target, args, kwargs
     if name in ("reshape", "view"):
-        sizes = args[1:] or (kwargs.get("shape", kwargs.get("size")),)
-        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        sizes = _unpacked(args[1:] or (kwargs.get("shape", kwargs.get("size")),))
         return node.target, (args[0], _sizes(node, sizes, out)), {}
     if name in ("expand", "broadcast_to"):
-        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-        return node.target, (args[0], _sizes(node, sizes, out)), kwargs
+        return node.target, (args[0], _sizes(node, _unpacked(args[1:]), out)), kwargs
     if name == "unflatten":
         dim, sizes = args[1] % len(source), args[2]
         return node.target, (*args[:2], _sizes(node, sizes, out[dim : dim + len(sizes)])), kwargs
@@ -80,6 +83,11 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
 
 def _first(node: fx.Node) -> Any:
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node.kwargs.get("input")
+
+
+def _unpacked(sizes: tuple[Any, ...]) -> Sequence[Any]:
+    """Sizes that are given one by one, or together."""
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
 def _count(axis: Axis) -> int:
