@@ -48,19 +48,19 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
         for hook in list(module._forward_pre_hooks.values()):
             if type(hook).__name__ in _WEIGHT_HOOKS:
                 _WEIGHT_HOOKS[type(hook).__name__](module, hook.name)
+                module.get_parameter(hook.name).requires_grad_(False)
     return dict(zip(found, copies, strict=True))
 
 
 
 def _unparametrize(module: Any) -> None:
     """As torch's ``remove_parametrizations``, which would damage the original: a copy shares its class."""
-    values = {name: getattr(module, name).detach() for name in module.parametrizations}
-    requires_grad = False  # as computed weights are, without gradients
+    values = {name: nn.Parameter(getattr(module, name).detach(), False) for name in module.parametrizations}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     module._load_state_dict_pre_hooks.clear()
     for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value, requires_grad))
+        module.register_parameter(name, value)
 
 
 #: Names that a GraphModule needs for itself.
@@ -211,7 +211,7 @@ class Writer:
         shape = [axis.kept.numel() for axis in dims]
         view = mask.view(shape if dim is None else (-1, *(1,) * (-1 - dim)))  # type: ignore[operator]
         view = _cut_along(view, dims)
-        if view.all():
+        if self.removal.compact and view.all():
             return x
         name = str(node.args[1])
         factor = self._get(name, view.to(self.removal.dtypes[node]))
@@ -237,14 +237,17 @@ class Writer:
         return self.graph.create_node("call_module", self.variants[key], args, kwargs, node.name)
 
     def _cut_mask(self, path: str, mask: Tensor) -> Tensor | None:
-        """The kept part of a mask; None if all of that is on."""
+        """The kept part of a mask; None if all of that is on.
+
+        To the bit, a product with ones is not the same as none: it changes which kernels follow.
+        """
         if path in self.removal.layers:
             mask = mask[self.removal.layers[path][1].kept]
         elif path in self.removal.norms:
             dims = self.removal.norms[path]
             feature = 0 if len(dims) == 1 else [a.kept.numel() for a in dims].index(mask.numel())
             mask = mask[dims[feature].kept]
-        return None if mask.all() else mask
+        return None if self.removal.compact and mask.all() else mask
 
     def _cut(self, path: str) -> nn.Module:
         """The module without the features that go."""
