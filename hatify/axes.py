@@ -269,6 +269,8 @@ class Removal(SupportInterpreter):
                 return True
             return self._module(replace(call, module=self.plain[str(node.target)]))
         rule = RULES.get(node.target)
+        if rule is None and isinstance(movement.found_to_move(call), Tensor):
+            rule = movement.run_on_labels
         return rule is not None and self._function(call, rule)
 
     def _dims(self, argument: Any) -> Any:
@@ -313,6 +315,10 @@ class Removal(SupportInterpreter):
         dims, value = self._dims(source), self.env.get(source)  # type: ignore[arg-type]
         if not isinstance(dims, Dims) or value is None:
             return False
+        for other in call.node.all_input_nodes:
+            for indices in tree_leaves(self.axes[other] if other is not source else None):
+                if isinstance(indices, Dims):
+                    indices.keep()
         outs = [d for d in tree_leaves(self.axes[call.node]) if isinstance(d, Dims)]
         sources: list[list[tuple[Axis, Tensor]]] = [[] for _ in outs]
         for d, axis in enumerate(dims):

@@ -14,7 +14,6 @@ from hatify.axes import Dims, Removal
 from hatify.errors import HatError, TaskError
 from hatify.model import HatModel
 from hatify.plain import Writer, plain_modules
-from hatify.resize import CannotCut
 from hatify.support import buffers_restored, positional
 
 #: Largest difference that rounding explains, in units of the largest number in a value.
@@ -65,67 +64,70 @@ def extract_task(
         while True:
             removal = Removal(model, modules, frozen, compact).find(*values)
             writer = Writer(model, modules, removal, task)
-            try:
-                plain = writer.write()
-                _Twins(model, writer, plain, removal).run(*values)
-            except CannotCut as refusal:
-                if refusal.node in frozen or not compact:
-                    raise HatError(f"task {task} cannot be extracted: {refusal}: {refusal.__cause__}") from refusal.__cause__
-                frozen.add(refusal.node)
-            else:
+            plain = writer.write()
+            refused = writer.refused | _Twins(writer, plain).compare(*values)
+            if not refused:
                 return plain
+            if not compact or refused <= frozen:
+                names = ", ".join(sorted(node.name for node in refused))
+                raise HatError(f"task {task} cannot be written as a plain network: it computes something else at {names}")
+            frozen |= refused
 
 
 class _Twins(fx.Interpreter):
-    """Runs the model's graph and the plain one side by side, and compares every value.
+    """Runs the model's graph and the plain one side by side, and compares every value."""
 
-    Raises:
-        CannotCut: names the first node whose plain counterpart fails or computes something else.
-    """
-
-    def __init__(self, model: HatModel, writer: Writer, plain: fx.GraphModule, removal: Removal) -> None:
-        super().__init__(removal.module, graph=model.graph)
-        self.writer, self.removal = writer, removal
+    def __init__(self, writer: Writer, plain: fx.GraphModule) -> None:
+        super().__init__(writer.removal.module, graph=writer.model.graph)
+        self.writer = writer
         self.twin = fx.Interpreter(plain)
         self.last_uses = self.twin.user_to_last_uses
+        self.different: set[fx.Node] = set()
 
-    def run(self, *args: Any) -> Any:
-        self.twin.args_iter = iter(args)
-        with torch.no_grad():
-            return super().run(*args)
+    def compare(self, *inputs: Any) -> set[fx.Node]:
+        """The nodes whose plain counterparts fail or compute something else."""
+        self.twin.args_iter = iter(inputs)
+        self.run(*inputs)
+        return self.different
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for node in self.writer.written[n]:
-            if node._erased:
-                continue
+        written = [node for node in self.writer.written[n] if not node._erased]
+        for node in written:
             try:
                 self.twin.env[node] = self.twin.run_node(node)
-            except Exception as error:
-                raise CannotCut(n) from error
+            except Exception:  # whatever an operation raises that cannot do without what was taken out
+                self.different.add(n)
+                break
         counterpart = self.writer.values[n]
         if isinstance(value, Tensor) and isinstance(counterpart, fx.Node) and n.op != "output":
-            found = self.twin.env.get(counterpart)
-            if not isinstance(found, Tensor) or not _agree(found, value, self.removal.axes[n]):
-                raise CannotCut(n)
-        for node in self.writer.written[n]:
+            expected = _kept(value, self.writer.removal.axes[n])
+            if not _agree(self.twin.env.get(counterpart), expected):
+                self.different.add(n)
+                self.twin.env[counterpart] = expected
+        for node in written:
             for done in self.last_uses.get(node, []):
                 self.twin.env.pop(done, None)
         return value
 
 
-def _agree(found: Tensor, value: Tensor, dims: Dims) -> bool:
-    """Whether a plain value is the kept part of the model's, but for rounding."""
+def _kept(value: Tensor, dims: Dims) -> Tensor:
     for d, axis in enumerate(dims):
         if axis.cut:
             value = value.index_select(d, axis.index.to(value.device))
-    if found.shape != value.shape or found.dtype != value.dtype:
+    return value
+
+
+def _agree(found: Any, expected: Tensor) -> bool:
+    """Whether a value is what it should be, but for rounding."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    if not value.is_floating_point() or not value.numel():
+    if not expected.is_floating_point() or not expected.numel():
         return True
-    finite = value[value.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(found, value, rtol=ROUNDING, atol=ROUNDING * scale, equal_nan=True)
+    difference, largest = (found - expected).abs().max(), expected.abs().max()
+    if largest.isfinite():
+        return bool(difference <= ROUNDING * largest)
+    return torch.allclose(found, expected, ROUNDING, ROUNDING, equal_nan=True)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from hatify.nn.layers import LAYERS
 from hatify.nn.norms import NORMS, _masked_affine, is_known
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
-from hatify.resize import resized
+from hatify.resize import CannotCut, resized
 from hatify.rewrite import keeps_features_apart
 
 #: Operations on sizes that can be carried out once the sizes are known.
@@ -79,6 +79,7 @@ class Writer:
     Attributes:
         values: what each node of the model's graph has become: a node of the new graph, or a constant.
         written: the new nodes for each node of the model's graph.
+        refused: nodes of the model's graph that cannot do without what was to go.
     """
 
     def __init__(self, model: HatModel, modules: dict[str, nn.Module], removal: Removal, task: int) -> None:
@@ -89,6 +90,7 @@ class Writer:
         self.values: dict[fx.Node, Any] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
         self.variants: dict[tuple[str, str | None], str] = {}
+        self.refused: set[fx.Node] = set()
         self.identity = nn.Identity()
         self.tied: dict[int, list[nn.Parameter]] = {}
 
@@ -125,7 +127,11 @@ class Writer:
         if node.op in ("call_function", "call_method"):
             if node.target is by_mode or _is_known(node, args):
                 return node.target(*args, **kwargs)  # type: ignore[operator]
-            target, args, kwargs = resized(node, args, kwargs, self.removal.axes)
+            try:
+                target, args, kwargs = resized(node, args, kwargs, self.removal.axes)
+            except CannotCut:
+                self.refused.add(node)
+                target = node.target
             op = "call_method" if isinstance(target, str) else "call_function"
             return self.graph.create_node(op, target, args, kwargs, node.name)
         return self.graph.create_node(node.op, node.target, args, kwargs, node.name)

@@ -20,11 +20,7 @@ _PADS = (F.pad, torch._C._nn.pad)
 
 
 class CannotCut(Exception):
-    """A node cannot do without the indices that were to go."""
-
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(node.name)
-        self.node = node
+    """A call cannot do without the indices that are to go."""
 
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -65,7 +61,7 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
     if name in _SPLITS:
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         if not isinstance(dim, int):
-            raise CannotCut(node)
+            raise CannotCut
         return torch.split, (args[0], [_count(part[dim]) for part in out], dim), {}
     if name == "narrow" and all(isinstance(a, int) for a in args[1:]):
         kept, start, length = source[args[1]].kept, args[2], args[3]
@@ -97,7 +93,7 @@ def _count(axis: Axis) -> int:
 def _sizes(node: fx.Node, sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[Any, ...]:
     """Sizes with those that were cut replaced; at most one, that depends on the input, can be left to torch."""
     if isinstance(sizes, fx.Node):
-        raise CannotCut(node)
+        raise CannotCut
     result: list[Any] = []
     for size, axis in zip(sizes, dims, strict=True):
         if not axis.cut or (isinstance(size, int) and size == -1):
@@ -105,7 +101,7 @@ def _sizes(node: fx.Node, sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[A
         else:
             result.append(-1 if isinstance(size, fx.Node) else _count(axis))
     if sum(isinstance(size, int) and size == -1 for size in result) > 1 and len(dims) == len(set(map(id, dims))):
-        raise CannotCut(node)
+        raise CannotCut
     return tuple(result)
 
 
@@ -114,7 +110,7 @@ def _position(node: fx.Node, index: Any, axis: Axis) -> Any:
     if not axis.cut:
         return index
     if not isinstance(index, int):
-        raise CannotCut(node)
+        raise CannotCut
     return int(axis.kept[: index % axis.kept.numel()].sum())
 
 
@@ -139,11 +135,11 @@ def _slice(node: fx.Node, piece: slice, axis: Axis) -> slice:
     if not axis.cut or piece == slice(None):
         return piece
     if any(isinstance(end, fx.Node) for end in (piece.start, piece.stop, piece.step)):
-        raise CannotCut(node)
+        raise CannotCut
     positions = (axis.kept.cumsum(0) - 1)[piece][axis.kept[piece]].tolist()
     step = positions[1] - positions[0] if len(positions) > 1 else 1
     if positions != list(range(positions[0], positions[-1] + 1, step)):
-        raise CannotCut(node)
+        raise CannotCut
     return slice(positions[0], positions[-1] + 1, step)
 
 
