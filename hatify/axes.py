@@ -30,6 +30,7 @@ from hatify.nn.state import TaskState
 from hatify.rewrite import STATE, keeps_features_apart
 from hatify.rules import RULES, Call, Findings, Labels, constant_labels, contraction, movement, pointwise, reduction
 from hatify.support import SupportInterpreter
+from hatify.trace import reads_training_flag
 
 #: Questions about a value that do not depend on how many features it has.
 _QUESTIONS = {"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "size", "dim", "ndimension"}
@@ -164,6 +165,8 @@ class Removal(SupportInterpreter):
         layers: of each module that can be cut, its input (None for lookups) and output axes.
         norms: of each normalisation that can be cut, the axes of its parameters.
         masks: the mask of each node that applies one.
+        dtypes: of each node's output, where that is a tensor.
+        passed: calls of modules that do nothing in evaluation mode.
     """
 
     def __init__(self, model: HatModel, modules: dict[str, nn.Module], frozen: set[fx.Node], compact: bool) -> None:
@@ -176,6 +179,7 @@ class Removal(SupportInterpreter):
         self.norms: dict[str, Dims] = {}
         self.masks: dict[fx.Node, Tensor] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
+        self.passed: set[fx.Node] = set()
         self.relations: list[Relation] = []
 
     def find(self, *inputs: Any) -> Removal:
@@ -236,8 +240,8 @@ class Removal(SupportInterpreter):
     # Axes ------------------------------------------------------------------------------------------------------------
 
     def _relate(self, node: fx.Node, out: Any) -> None:
-        known = self.compact and node not in self.frozen and self._known(node, out)
-        if not known:
+        known = self._known(node, out)
+        if not known or not self.compact or node in self.frozen:
             for dims in tree_leaves([self.axes[node], *(self.axes[n] for n in node.all_input_nodes)]):
                 if isinstance(dims, Dims):
                     dims.keep()
@@ -483,6 +487,10 @@ class Removal(SupportInterpreter):
         x = call.given(0, "x" if "x" in call.node.kwargs else "input")
         if not isinstance(self._dims(x), Dims):
             return False
+        if self._passes(module, x, call.out):
+            self.axes[call.node] = self._dims(x)
+            self.passed.add(call.node)
+            return True
         if type(module) in LAYERS:
             return self._layer(path, module, x, self.axes[call.node])
         if is_known(module):
@@ -493,6 +501,10 @@ class Removal(SupportInterpreter):
             return self._elementwise([self._dims(x), self.axes[call.node]])
         rule = RULES.get(type(module))
         return rule is not None and not isinstance(module, nn.LocalResponseNorm) and self._function(call, rule)
+
+    def _passes(self, module: nn.Module, x: fx.Node, out: Any) -> bool:
+        """Whether a module passes its input on, as noise does in evaluation mode."""
+        return out is self.env[x] and (type(module) is nn.Identity or reads_training_flag(module))
 
     def _layer(self, path: str, layer: Any, node: fx.Node, out: Dims) -> bool:
         family: type[HatLayer] = LAYERS[type(layer)]

@@ -227,6 +227,8 @@ class Writer:
         return self.graph.call_function(torch.where, (self._get(f"{name}_off", view == 0), 0.0, product))
 
     def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        if node in self.removal.passed:
+            return args[0] if args else next(iter(kwargs.values()))
         path, mask = str(node.target), self.removal.masks.get(node)
         if mask is not None:
             mask = self._cut_mask(path, mask)
