@@ -3,6 +3,7 @@
 from hatify.census import Census, Entry
 from hatify.convert import hatify
 from hatify.errors import ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.extract import extract_task
 from hatify.model import HatModel
 from hatify.policy import Policy
 from hatify.schedule import MaskScale
@@ -19,6 +20,7 @@ __all__ = [
     "MaskScale",
     "Policy",
     "TaskError",
+    "extract_task",
     "hatify",
     "verify_isolation",
 ]

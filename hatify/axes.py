@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hatify.classify import Classification
-from hatify.labels import ON, ZERO, LabelSpace, compact, varying_dims
+from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off
 from hatify.nn.layers import LAYERS, HatLayer

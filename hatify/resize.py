@@ -52,12 +52,16 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
         return node.target, args, kwargs
     if name in ("reshape", "view"):
         sizes = _unpacked(args[1:] or (kwargs.get("shape", kwargs.get("size")),))
-        return node.target, (args[0], _sizes(node, sizes, out)), {}
+        if isinstance(sizes, fx.Node) or isinstance(sizes[0], (fx.Node, torch.dtype)) and len(sizes) < len(out):
+            raise CannotCut
+        return node.target, (args[0], _sizes(sizes, out)), {}
     if name in ("expand", "broadcast_to"):
-        return node.target, (args[0], _sizes(node, _unpacked(args[1:]), out)), kwargs
+        sizes = _unpacked(args[1:])
+        spread = zip(sizes, out, strict=True)
+        return node.target, (args[0], [_count(a) if a.cut and size != -1 else size for size, a in spread]), kwargs
     if name == "unflatten":
         dim, sizes = args[1] % len(source), args[2]
-        return node.target, (*args[:2], _sizes(node, sizes, out[dim : dim + len(sizes)])), kwargs
+        return node.target, (*args[:2], _sizes(sizes, out[dim : dim + len(sizes)])), kwargs
     if name in _SPLITS:
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         if not isinstance(dim, int):
@@ -67,9 +71,9 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
         kept, start, length = source[args[1]].kept, args[2], args[3]
         return node.target, (*args[:2], int(kept[:start].sum()), int(kept[start : start + length].sum())), kwargs
     if name == "select" and len(args) == 3:
-        return node.target, (*args[:2], _position(node, args[2], source[args[1]])), kwargs
+        return node.target, (*args[:2], _position(args[2], source[args[1]])), kwargs
     if node.target is operator.getitem:
-        return node.target, (args[0], _index(node, args[1], source)), kwargs
+        return node.target, (args[0], _index(args[1], source)), kwargs
     if node.target in _PADS:
         return node.target, (args[0], _padding(args[1] if len(args) > 1 else kwargs["pad"], out), *args[2:]), {
             k: v for k, v in kwargs.items() if k != "pad"
@@ -90,22 +94,19 @@ def _count(axis: Axis) -> int:
     return int(axis.kept.sum())
 
 
-def _sizes(node: fx.Node, sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[Any, ...]:
-    """Sizes with those that were cut replaced; at most one, that depends on the input, can be left to torch."""
-    if isinstance(sizes, fx.Node):
-        raise CannotCut
-    result: list[Any] = []
-    for size, axis in zip(sizes, dims, strict=True):
-        if not axis.cut or (isinstance(size, int) and size == -1):
-            result.append(size)
-        else:
-            result.append(-1 if isinstance(size, fx.Node) else _count(axis))
-    if sum(isinstance(size, int) and size == -1 for size in result) > 1 and len(dims) == len(set(map(id, dims))):
+def _sizes(sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[Any, ...]:
+    """Sizes with those that were cut replaced; one of them, if it depends on the input, is left to torch."""
+    result = [_resized(size, axis) if axis.cut else size for size, axis in zip(sizes, dims, strict=True)]
+    if sum(isinstance(size, int) and size == -1 for size in result) > 1:
         raise CannotCut
     return tuple(result)
 
 
-def _position(node: fx.Node, index: Any, axis: Axis) -> Any:
+def _resized(size: Any, axis: Axis) -> int:
+    return -1 if isinstance(size, fx.Node) or size == -1 else _count(axis)
+
+
+def _position(index: Any, axis: Axis) -> Any:
     """Where a kept index has moved."""
     if not axis.cut:
         return index
@@ -114,7 +115,7 @@ def _position(node: fx.Node, index: Any, axis: Axis) -> Any:
     return int(axis.kept[: index % axis.kept.numel()].sum())
 
 
-def _index(node: fx.Node, index: Any, dims: Dims) -> Any:
+def _index(index: Any, dims: Dims) -> Any:
     items = list(index) if isinstance(index, tuple) else [index]
     taken = sum(item is not None and item is not Ellipsis for item in items)
     result, d = [], 0
@@ -125,12 +126,12 @@ def _index(node: fx.Node, index: Any, dims: Dims) -> Any:
             result.append(item)
             d += len(dims) - taken
         else:
-            result.append(_slice(node, item, dims[d]) if isinstance(item, slice) else _position(node, item, dims[d]))
+            result.append(_slice(item, dims[d]) if isinstance(item, slice) else _position(item, dims[d]))
             d += 1
     return tuple(result) if isinstance(index, tuple) else result[0]
 
 
-def _slice(node: fx.Node, piece: slice, axis: Axis) -> slice:
+def _slice(piece: slice, axis: Axis) -> slice:
     """The slice of the kept indices that holds those in `piece`."""
     if not axis.cut or piece == slice(None):
         return piece
