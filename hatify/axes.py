@@ -10,7 +10,7 @@ Operations that are not known here need everything.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -185,7 +185,8 @@ class Removal(SupportInterpreter):
     def find(self, *inputs: Any) -> Removal:
         """Run the graph on example inputs and settle what is kept."""
         self.run(*inputs)
-        axes = [a for d in tree_leaves([*self.axes.values(), *self.attributes.values()]) if isinstance(d, Dims) for a in d]
+        found = tree_leaves([*self.axes.values(), *self.attributes.values()])
+        axes = [axis for dims in found if isinstance(dims, Dims) for axis in dims]
         axes += [a for pair in self.layers.values() for a in pair if a is not None]
         changed = True
         while changed:
@@ -214,8 +215,7 @@ class Removal(SupportInterpreter):
             self.masks[node] = mask
         if node.target in (masked, masked_off):
             assert mask is not None
-            dim = node.args[2]
-            view = mask.view(out.shape if dim is None else (-1, *(1,) * (-1 - dim)))  # type: ignore[operator]
+            view = mask_view(mask, out.shape, node.args[2])
             return torch.where(view != 0, self._labels_of(node.args[0]), ZERO).expand(out.shape)
         if node.op != "call_module":
             return super()._labels(node, out)
@@ -511,9 +511,7 @@ class Removal(SupportInterpreter):
         x = self._dims(node)
         read_dim, written_dim = family.dims(layer)
         kernel = len(getattr(layer, "kernel_size", ()))
-        read, written = self.layers.setdefault(
-            path, (None if read_dim is None else x[read_dim], out[written_dim])
-        )
+        read, written = self.layers.setdefault(path, (None if read_dim is None else x[read_dim], out[written_dim]))
         written.join(out[written_dim])
         self._elementwise([Dims(out[: len(out) + written_dim]), Dims(x if read_dim is None else x[:read_dim])])
         for axis in (*x[len(x) - kernel :], *out[len(out) - kernel :]) if kernel else ():
@@ -588,6 +586,11 @@ def feature_dim(module: Any, ndim: int, mask: Tensor) -> int:
         return ndim + LAYERS[type(module)].dims(module)[1]
     dims = FEATURE_DIMS[type(module)](module, ndim)
     return dims[0] if len(dims) == 1 else dims[module.normalized_shape.index(mask.numel())]
+
+
+def mask_view(mask: Tensor, shape: Sequence[int], dim: Any) -> Tensor:
+    """A mask as `hatify.nn.functional.masked` broadcasts it along `dim` (negative; None: element by element)."""
+    return mask.view(tuple(shape) if dim is None else (-1, *(1,) * (-1 - dim)))
 
 
 def may_be_nonzero(labels: Tensor, dim: int) -> Tensor:

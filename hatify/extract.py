@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from hatify.axes import Dims, Removal
 from hatify.errors import HatError, TaskError
+from hatify.examples import refusals_named
 from hatify.model import HatModel
 from hatify.plain import Writer, plain_modules
 from hatify.support import buffers_restored, positional
@@ -57,7 +58,7 @@ def extract_task(
     inputs = model.example_inputs if example_inputs is None else example_inputs
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     inputs = tree_map_only(Tensor, lambda t: t.to(model.task_state.scale.device), inputs)
-    with _answering(model, task):
+    with refusals_named(model, inputs), _answering(model, task):
         values = positional(model.graph, inputs)
         modules = plain_modules(model, task)
         frozen: set[fx.Node] = set()
@@ -70,7 +71,7 @@ def extract_task(
                 return plain
             if not compact or refused <= frozen:
                 names = ", ".join(sorted(node.name for node in refused))
-                raise HatError(f"task {task} cannot be written as a plain network: it computes something else at {names}")
+                raise HatError(f"task {task} cannot be written as a plain network: {names} would be computed otherwise")
             frozen |= refused
 
 

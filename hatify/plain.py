@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils import parametrize
 
 from hatify.answers import check_size
-from hatify.axes import Dims, Removal, children_of, is_mask
+from hatify.axes import Dims, Removal, children_of, is_mask, mask_view
 from hatify.classify import detached_copy
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off
@@ -52,7 +53,6 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
     return dict(zip(found, copies, strict=True))
 
 
-
 def _unparametrize(module: Any) -> None:
     """As torch's ``remove_parametrizations``, which would damage the original: a copy shares its class."""
     values = {name: nn.Parameter(getattr(module, name).detach(), False) for name in module.parametrizations}
@@ -89,7 +89,8 @@ class Writer:
         self.root: dict[str, Any] = {}
         self.values: dict[fx.Node, Any] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
-        self.variants: dict[tuple[str, str | None], str] = {}
+        self.cut: dict[str, nn.Module] = {}
+        self.variants: dict[tuple[str, str | None], nn.Module] = {}
         self.refused: set[fx.Node] = set()
         self.identity = nn.Identity()
         self.tied: dict[int, list[nn.Parameter]] = {}
@@ -167,14 +168,14 @@ class Writer:
         if not isinstance(value, Tensor):
             return value  # whether the network is training
         name = str(node.target)
-        owner, _, attribute = name.rpartition(".")
         cut = _cut_along(value.detach(), self.removal.axes[node])
         cut = self._parameter(value, cut) if isinstance(value, nn.Parameter) else cut.clone()
         inside = next((path for path in self.modules if name.startswith(f"{path}.")), None)
         if inside is not None:
             name = name.replace(".", "_")
         read = self._get(name, cut)
-        if isinstance(cut, nn.Parameter) or all(u.op != "call_method" and len(u.all_input_nodes) > 1 for u in node.users):
+        alone = any(user.op == "call_method" or len(user.all_input_nodes) == 1 for user in node.users)
+        if isinstance(cut, nn.Parameter) or not alone:
             return read
         # Unpickling traces the code, where buffers, unlike outputs of modules, are tensors that meet no placeholders.
         return self.graph.create_node("call_module", self._store("buffer", self.identity), (read,))
@@ -211,11 +212,10 @@ class Writer:
 
     # Masks -----------------------------------------------------------------------------------------------------------
 
-    def _masked(self, node: fx.Node, x: fx.Node) -> fx.Node:
+    def _masked(self, node: fx.Node, x: Any) -> Any:
         """The product with a mask, left out where what is kept is on."""
-        mask, dim, dims = self.removal.masks[node], node.args[2], self.removal.axes[node]
-        shape = [axis.kept.numel() for axis in dims]
-        view = mask.view(shape if dim is None else (-1, *(1,) * (-1 - dim)))  # type: ignore[operator]
+        dims = self.removal.axes[node]
+        view = mask_view(self.removal.masks[node], [axis.kept.numel() for axis in dims], node.args[2])
         view = _cut_along(view, dims)
         if self.removal.compact and view.all():
             return x
@@ -227,22 +227,22 @@ class Writer:
         return self.graph.call_function(torch.where, (self._get(f"{name}_off", view == 0), 0.0, product))
 
     def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        x = args[0] if args else next(iter(kwargs.values()), None)
         if node in self.removal.passed:
-            return args[0] if args else next(iter(kwargs.values()))
+            return x
         path, mask = str(node.target), self.removal.masks.get(node)
         if mask is not None:
             mask = self._cut_mask(path, mask)
-        if mask is not None and is_known(self.modules[path]) and not keeps_features_apart(self.modules[path]):
-            return self._masked_norm(path, args[0] if args else next(iter(kwargs.values())), mask, node)
+        norm = is_known(self.modules[path])
+        if norm and mask is not None and not keeps_features_apart(self.modules[path]):
+            return self._recorded(path, self._cut(path), NORMS[type(self.modules[path])], x, node, mask)
         key = (path, None if mask is None else str(node.kwargs["mask"]))
         if key not in self.variants:
-            module = self._baked(self._cut(path), mask)
-            for name, parameter in module._parameters.items():
-                source = self.modules[path]._parameters[name]
-                if parameter is not None and source is not None and parameter is not source:
-                    module._parameters[name] = self._parameter(source, parameter)
-            self.variants[key] = self._store(path, module)
-        return self.graph.create_node("call_module", self.variants[key], args, kwargs, node.name)
+            self.variants[key] = self._baked(self._cut(path), self.modules[path], mask)
+        module = self.variants[key]
+        if norm and not type(module).__module__.startswith("torch."):
+            return self._recorded(path, module, type(module).forward, x, node)
+        return self.graph.create_node("call_module", self._store(path, module), args, kwargs, node.name)
 
     def _cut_mask(self, path: str, mask: Tensor) -> Tensor | None:
         """The kept part of a mask; None if all of that is on.
@@ -259,6 +259,8 @@ class Writer:
 
     def _cut(self, path: str) -> nn.Module:
         """The module without the features that go."""
+        if path in self.cut:
+            return self.cut[path]
         module: Any = self.modules[path]
         if path in self.removal.layers:
             read, written = self.removal.layers[path]
@@ -268,60 +270,71 @@ class Writer:
         elif path in self.removal.norms and any(axis.cut for axis in self.removal.norms[path]):
             module = copy.deepcopy(module)
             cut_norm(module, self.removal.norms[path])
+        self.cut[path] = module
         return module
 
-    def _baked(self, module: Any, mask: Tensor | None) -> nn.Module:
-        """The module with the rows of the features that are off multiplied by zero.
+    def _baked(self, module: Any, source: Any, mask: Tensor | None) -> nn.Module:
+        """`module`, made of `source`, with the rows of the features that are off multiplied by zero.
 
         torch multiplies matrices in another order where a weight requires a gradient, so equality to the bit takes the
         flags that the weights have in the model.
         """
-        if mask is None:
-            return module
-        source, module = module, copy.copy(module)
-        module._parameters = dict(source._parameters)
-        if type(source) in LAYERS:
-            entries = LAYERS[type(source)].entries(source, mask.to(source.weight.dtype).unsqueeze(1), None)
-            masked = {name: getattr(source, name) for name in entries}
-            masked = {name: p if p is None else p * entries[name][0].squeeze(-1) for name, p in masked.items()}
-        else:
-            masked = dict(zip(("weight", "bias"), _masked_affine(source, mask), strict=True))
+        masked: dict[str, Tensor | None] = {}
+        if mask is not None and type(module) in LAYERS:
+            entries = LAYERS[type(module)].entries(module, mask.to(module.weight.dtype).unsqueeze(1), None)
+            values = {name: getattr(module, name) for name in entries}
+            masked = {name: p if p is None else p * entries[name][0].squeeze(-1) for name, p in values.items()}
+        elif mask is not None:
+            masked = dict(zip(("weight", "bias"), _masked_affine(module, mask), strict=True))
+        result = copy.copy(module)
+        result._parameters = dict(module._parameters)
         for name, value in masked.items():
-            old = source._parameters[name]
-            learns = old is not None and old.requires_grad and not getattr(source, "fold", False)
-            module._parameters[name] = None if value is None else nn.Parameter(value.detach(), learns)
-        return module
+            old = module._parameters[name]
+            learns = old is not None and old.requires_grad and not getattr(module, "fold", False)
+            result._parameters[name] = None if value is None else nn.Parameter(value.detach(), learns)
+        for name, parameter in result._parameters.items():
+            before = source._parameters[name]
+            if parameter is not None and before is not None and parameter is not before:
+                result._parameters[name] = self._parameter(before, parameter)
+        return result
 
-    def _masked_norm(self, path: str, x: fx.Node, mask: Tensor, node: fx.Node) -> fx.Node:
-        """A normalisation over the features that the mask has on, in elementary operations."""
-        norm = self._cut(path)
-        tracer = _NormTracer(self, path, self.removal.dtypes[node.all_input_nodes[0]], len(self.removal.axes[node]))
-        with torch.no_grad():
-            out = NORMS[type(norm)](norm, tracer.proxy(x), mask)
-        return out.node
+    def _recorded(
+        self,
+        path: str,
+        norm: nn.Module,
+        forward: Callable[..., Any],
+        x: fx.Node,
+        node: fx.Node,
+        *mask: Tensor,
+    ) -> fx.Node:
+        """A normalisation in torch's own operations."""
+        tensors = {id(t): name for name, t in (*norm.named_parameters(), *norm.named_buffers())}
+        dtype, ndim = self.removal.dtypes[node.all_input_nodes[0]], len(self.removal.axes[node])
+        return forward(norm, _NormTracer(self, path, tensors, dtype, ndim).proxy(x), *mask).node
 
 
 class _NormTracer(GraphAppendingTracer):
-    """Records a masked normalisation; all that does not depend on its input becomes a constant."""
+    """Records a normalisation; all that does not depend on its input becomes a constant."""
 
-    def __init__(self, writer: Writer, path: str, dtype: torch.dtype, ndim: int) -> None:
+    def __init__(self, writer: Writer, path: str, tensors: dict[int, str], dtype: torch.dtype, ndim: int) -> None:
         super().__init__(writer.graph)
-        self.writer, self.path, self.dtype, self.ndim = writer, path, dtype, ndim
+        self.writer, self.path, self.tensors, self.dtype, self.ndim = writer, path, tensors, dtype, ndim
 
     def proxy(self, node: fx.Node) -> _NormProxy:
         return _NormProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
-        kwargs = {
-            name: self.proxy(self.writer._get(f"{self.path}.{name}", nn.Parameter(value)))
-            if name in ("weight", "bias") and isinstance(value, Tensor)
-            else value
-            for name, value in kwargs.items()
-        }
+        for name in ("weight", "bias"):
+            value = kwargs.get(name)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                kwargs = {**kwargs, name: nn.Parameter(value.detach())}
+                self.tensors[id(kwargs[name])] = name
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def create_arg(self, a: Any) -> Any:
-        return self.writer._get(f"{self.path}.constant", a) if isinstance(a, Tensor) else super().create_arg(a)
+        if not isinstance(a, Tensor):
+            return super().create_arg(a)
+        return self.writer._get(f"{self.path}.{self.tensors.get(id(a), 'constant')}", a)
 
 
 class _NormProxy(fx.Proxy):
@@ -333,6 +346,9 @@ class _NormProxy(fx.Proxy):
 
     @property
     def ndim(self) -> int:
+        return self.tracer.ndim
+
+    def dim(self) -> int:
         return self.tracer.ndim
 
 

@@ -40,9 +40,10 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
     """
     name = str(getattr(node.target, "__name__", node.target))
     if name in _FACTORIES and node.target is getattr(torch, name) and node.all_input_nodes:
-        sizes = () if name in ("arange", "eye", "full", "linspace") else ([*_unpacked(args)],)
-        return getattr(torch.ops.aten, name), sizes or args, kwargs
-    source, out = axes.get(_first(node)), axes[node]
+        one_by_one = name not in ("arange", "eye", "full", "linspace")
+        return getattr(torch.ops.aten, name), ([*_unpacked(args)],) if one_by_one else args, kwargs
+    source: Any = axes.get(_first(node))
+    out = axes[node]
     dims = [d for d in tree_leaves((source, out)) if isinstance(d, Dims)]
     if not any(axis.cut for d in dims for axis in d):
         return node.target, args, kwargs
@@ -51,14 +52,13 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
     if not isinstance(source, Dims):
         return node.target, args, kwargs
     if name in ("reshape", "view"):
-        sizes = _unpacked(args[1:] or (kwargs.get("shape", kwargs.get("size")),))
-        if isinstance(sizes, fx.Node) or isinstance(sizes[0], (fx.Node, torch.dtype)) and len(sizes) < len(out):
-            raise CannotCut
-        return node.target, (args[0], _sizes(sizes, out)), {}
+        shape = _unpacked(args[1:] or (kwargs.get("shape", kwargs.get("size")),))
+        if len(shape) != len(out):
+            raise CannotCut  # one value holds all sizes, or another dtype
+        return node.target, (args[0], _sizes(shape, out)), {}
     if name in ("expand", "broadcast_to"):
-        sizes = _unpacked(args[1:])
-        spread = zip(sizes, out, strict=True)
-        return node.target, (args[0], [_count(a) if a.cut and size != -1 else size for size, a in spread]), kwargs
+        spread = [_count(a) if a.cut and size != -1 else size for size, a in zip(_unpacked(args[1:]), out, strict=True)]
+        return node.target, (args[0], spread), kwargs
     if name == "unflatten":
         dim, sizes = args[1] % len(source), args[2]
         return node.target, (*args[:2], _sizes(sizes, out[dim : dim + len(sizes)])), kwargs
@@ -75,9 +75,11 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
     if node.target is operator.getitem:
         return node.target, (args[0], _index(args[1], source)), kwargs
     if node.target in _PADS:
-        return node.target, (args[0], _padding(args[1] if len(args) > 1 else kwargs["pad"], out), *args[2:]), {
-            k: v for k, v in kwargs.items() if k != "pad"
-        }
+        return (
+            node.target,
+            (args[0], _padding(args[1] if len(args) > 1 else kwargs["pad"], out), *args[2:]),
+            {k: v for k, v in kwargs.items() if k != "pad"},
+        )
     return node.target, args, kwargs
 
 
@@ -118,7 +120,8 @@ def _position(index: Any, axis: Axis) -> Any:
 def _index(index: Any, dims: Dims) -> Any:
     items = list(index) if isinstance(index, tuple) else [index]
     taken = sum(item is not None and item is not Ellipsis for item in items)
-    result, d = [], 0
+    result: list[Any] = []
+    d = 0
     for item in items:
         if item is None:
             result.append(item)
