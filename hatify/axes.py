@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hatify.classify import Classification
+from hatify.classify import Classification, is_plain
 from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off
-from hatify.nn.layers import LAYERS, HatLayer
+from hatify.nn.layers import HatLayer, family_of
 from hatify.nn.norms import FEATURE_DIMS, NORMS, is_known, zero_at_zero
 from hatify.nn.per_task import PerTaskNorm, PerTaskTensor
 from hatify.nn.state import TaskState
@@ -223,11 +223,11 @@ class Removal(SupportInterpreter):
         if isinstance(owner, (TaskState, PerTaskTensor)):
             return constant_labels(out, ON)
         module = self.plain[str(node.target)]
-        if mask is not None and (type(module) in LAYERS or zero_at_zero(module)):
+        if mask is not None and (layer_family(module) is not None or zero_at_zero(module)):
             dim = feature_dim(module, out.ndim, mask)
             view = mask.view(-1, *(1,) * (out.ndim - 1 - dim))
             return torch.where(view != 0, ON, ZERO).expand(out.shape)
-        if type(module) in LAYERS or isinstance(owner, PerTaskNorm) or type(module) not in RULES:
+        if layer_family(module) is not None or isinstance(owner, PerTaskNorm) or type(module) not in RULES:
             return constant_labels(out, ON)
         return super()._labels(node, out)
 
@@ -491,7 +491,7 @@ class Removal(SupportInterpreter):
             self.axes[call.node] = self._dims(x)
             self.passed.add(call.node)
             return True
-        if type(module) in LAYERS:
+        if layer_family(module) is not None:
             return self._layer(path, module, x, self.axes[call.node])
         if is_known(module):
             return self._norm(path, module, x, self.axes[call.node], mask)
@@ -507,7 +507,7 @@ class Removal(SupportInterpreter):
         return out is self.env[x] and (type(module) is nn.Identity or reads_training_flag(module))
 
     def _layer(self, path: str, layer: Any, node: fx.Node, out: Dims) -> bool:
-        family: type[HatLayer] = LAYERS[type(layer)]
+        family: Any = layer_family(layer)
         x = self._dims(node)
         read_dim, written_dim = family.dims(layer)
         kernel = len(getattr(layer, "kernel_size", ()))
@@ -574,6 +574,12 @@ def children_of(model: HatModel) -> nn.Module:
     return bare
 
 
+def layer_family(module: nn.Module) -> type[HatLayer] | None:
+    """The family of a weighted layer that computes what torch's own layer does; None for any other module."""
+    family = family_of(module)
+    return family if family is not None and is_plain(module, family) else None
+
+
 def is_mask(node: fx.Node) -> bool:
     """Whether a node of a converted model's graph looks a mask up."""
     source = node.args[0] if node.target is operator.getitem else None
@@ -582,8 +588,9 @@ def is_mask(node: fx.Node) -> bool:
 
 def feature_dim(module: Any, ndim: int, mask: Tensor) -> int:
     """The dimension of the output of a mask-carrying layer or normalisation that its mask lies along."""
-    if type(module) in LAYERS:
-        return ndim + LAYERS[type(module)].dims(module)[1]
+    family = layer_family(module)
+    if family is not None:
+        return ndim + family.dims(module)[1]
     dims = FEATURE_DIMS[type(module)](module, ndim)
     return dims[0] if len(dims) == 1 else dims[module.normalized_shape.index(mask.numel())]
 

@@ -13,11 +13,11 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils import parametrize
 
 from hatify.answers import check_size
-from hatify.axes import Dims, Removal, children_of, is_mask, mask_view
-from hatify.classify import detached_copy
+from hatify.axes import Dims, Removal, children_of, is_mask, layer_family, mask_view
+from hatify.classify import detached_copy, is_altered
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off
-from hatify.nn.layers import LAYERS
+from hatify.nn.layers import HatLayer
 from hatify.nn.norms import NORMS, _masked_affine, is_known
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
@@ -41,9 +41,10 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
             found[path] = module[task] if isinstance(module, PerTask) else module
     copies = detached_copy(nn.ModuleList(found.values())).eval()
     for module in copies.modules():
-        base = getattr(type(module), "base", None)
-        if base in LAYERS:
-            module.__class__ = base
+        if isinstance(module, HatLayer):
+            module.__class__ = module.base
+        if isinstance(module, nn.Linear) and not layer_family(module) and _is_linear(module):
+            module.__class__ = nn.Linear
         if parametrize.is_parametrized(module):
             _unparametrize(module)
         for hook in list(module._forward_pre_hooks.values()):
@@ -51,6 +52,15 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
                 _WEIGHT_HOOKS[type(hook).__name__](module, hook.name)
                 module.get_parameter(hook.name).requires_grad_(False)
     return dict(zip(found, copies, strict=True))
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether a subclass has nothing but weight and bias, and is found to compute what torch's own layer does."""
+    tensors = {*module._parameters, *module._buffers, *module._modules}
+    if tensors != {"weight", "bias"} or is_altered(module) or module.weight.is_meta:
+        return False
+    x = torch.randn(3, module.in_features).to(module.weight)
+    return torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
 
 
 def _unparametrize(module: Any) -> None:
@@ -226,8 +236,8 @@ class Writer:
             return product
         return self.graph.call_function(torch.where, (self._get(f"{name}_off", view == 0), 0.0, product))
 
-    def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+    def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
         if node in self.removal.passed:
             return x
         path, mask = str(node.target), self.removal.masks.get(node)
@@ -280,8 +290,9 @@ class Writer:
         flags that the weights have in the model.
         """
         masked: dict[str, Tensor | None] = {}
-        if mask is not None and type(module) in LAYERS:
-            entries = LAYERS[type(module)].entries(module, mask.to(module.weight.dtype).unsqueeze(1), None)
+        family = layer_family(module)
+        if mask is not None and family is not None:
+            entries = family.entries(module, mask.to(module.weight.dtype).unsqueeze(1), None)
             values = {name: getattr(module, name) for name in entries}
             masked = {name: p if p is None else p * entries[name][0].squeeze(-1) for name, p in values.items()}
         elif mask is not None:
