@@ -154,7 +154,8 @@ class Removal(SupportInterpreter):
     """Runs the evaluation graph of a converted model, whose task is set, and finds out which indices can go.
 
     Args:
-        model: in evaluation mode.
+        children: what the model holds (`children_of`), on the CPU and in evaluation mode.
+        graph: the model's.
         modules: the task's plain modules, by path.
         frozen: nodes whose inputs and outputs keep everything.
         compact: whether anything may go at all.
@@ -169,9 +170,11 @@ class Removal(SupportInterpreter):
         passed: calls of modules that do nothing in evaluation mode.
     """
 
-    def __init__(self, model: HatModel, modules: dict[str, nn.Module], frozen: set[fx.Node], compact: bool) -> None:
+    def __init__(
+        self, children: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], frozen: set[fx.Node], compact: bool
+    ) -> None:
         nothing = Classification({}, frozenset())
-        super().__init__(children_of(model), model.graph, nothing, LabelSpace(couple=True), Findings())
+        super().__init__(children, graph, nothing, LabelSpace(couple=True), Findings())
         self.plain, self.frozen, self.compact = modules, frozen, compact
         self.axes: dict[fx.Node, Any] = {}
         self.attributes: dict[str, Dims] = {}

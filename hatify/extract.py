@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from hatify.axes import Dims, Removal
+from hatify.axes import Dims, Removal, children_of
 from hatify.errors import HatError, TaskError
 from hatify.examples import refusals_named
 from hatify.model import HatModel
 from hatify.plain import Writer, plain_modules
 from hatify.support import buffers_restored, positional
 
-#: Largest difference that rounding explains, in units of the largest number in a value.
+#: Largest difference that rounding explains in single precision, in units of the largest number in a value.
 ROUNDING = 1e-3
 
 
@@ -57,13 +58,17 @@ def extract_task(
         raise TaskError(f"task {task} is not finished: train it and call end_task() first")
     inputs = model.example_inputs if example_inputs is None else example_inputs
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    inputs = tree_map_only(Tensor, lambda t: t.to(model.task_state.scale.device), inputs)
+    device = model.task_state.scale.device
+    inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
     with refusals_named(model, inputs), _answering(model, task):
         values = positional(model.graph, inputs)
         modules = plain_modules(model, task)
+        children = children_of(model if device.type == "cpu" else copy.deepcopy(model).cpu())
         frozen: set[fx.Node] = set()
         while True:
-            removal = Removal(model, modules, frozen, compact).find(*values)
+            removal = Removal(children, model.graph, modules, frozen, compact).find(
+                *tree_map_only(Tensor, Tensor.cpu, values)
+            )
             writer = Writer(model, modules, removal, task)
             plain = writer.write()
             refused = writer.refused | _Twins(writer, plain).compare(*values)
@@ -79,7 +84,7 @@ class _Twins(fx.Interpreter):
     """Runs the model's graph and the plain one side by side, and compares every value."""
 
     def __init__(self, writer: Writer, plain: fx.GraphModule) -> None:
-        super().__init__(writer.removal.module, graph=writer.model.graph)
+        super().__init__(writer.children.module, graph=writer.model.graph)
         self.writer = writer
         self.twin = fx.Interpreter(plain)
         self.last_uses = self.twin.user_to_last_uses
@@ -125,10 +130,11 @@ def _agree(found: Any, expected: Tensor) -> bool:
         return False
     if not expected.is_floating_point() or not expected.numel():
         return True
+    rounding = max(ROUNDING, 10 * torch.finfo(expected.dtype).eps)
     difference, largest = (found - expected).abs().max(), expected.abs().max()
     if largest.isfinite():
-        return bool(difference <= ROUNDING * largest)
-    return torch.allclose(found, expected, ROUNDING, ROUNDING, equal_nan=True)
+        return bool(difference <= rounding * largest)
+    return torch.allclose(found, expected, rounding, rounding, equal_nan=True)
 
 
 @contextmanager

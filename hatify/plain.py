@@ -94,6 +94,10 @@ class Writer:
 
     def __init__(self, model: HatModel, modules: dict[str, nn.Module], removal: Removal, task: int) -> None:
         self.model, self.modules, self.removal, self.task = model, modules, removal, task
+        self.children, self.device = (
+            fx.Interpreter(children_of(model), graph=model.graph),
+            model.task_state.scale.device,
+        )
         self.graph = fx.Graph()
         self.graph._codegen = copy.deepcopy(model.graph._codegen)
         self.root: dict[str, Any] = {}
@@ -121,9 +125,9 @@ class Writer:
         if is_mask(node):
             return None
         if node.op == "get_attr":
-            return self._attribute(node, self.removal.fetch_attr(str(node.target)))
+            return self._attribute(node, self.children.fetch_attr(str(node.target)))
         if node.op == "call_module":
-            owner = self.removal.fetch_attr(str(node.target))
+            owner = self.children.fetch_attr(str(node.target))
             if isinstance(owner, TaskState):
                 return None
             if isinstance(owner, PerTaskTensor):
@@ -226,7 +230,7 @@ class Writer:
         """The product with a mask, left out where what is kept is on."""
         dims = self.removal.axes[node]
         view = mask_view(self.removal.masks[node], [axis.kept.numel() for axis in dims], node.args[2])
-        view = _cut_along(view, dims)
+        view = _cut_along(view, dims).to(self.device)
         if self.removal.compact and view.all():
             return x
         name = str(node.args[1])
@@ -265,7 +269,7 @@ class Writer:
             dims = self.removal.norms[path]
             feature = 0 if len(dims) == 1 else [a.kept.numel() for a in dims].index(mask.numel())
             mask = mask[dims[feature].kept]
-        return None if self.removal.compact and mask.all() else mask
+        return None if self.removal.compact and mask.all() else mask.to(self.device)
 
     def _cut(self, path: str) -> nn.Module:
         """The module without the features that go."""
@@ -298,6 +302,7 @@ class Writer:
         elif mask is not None:
             masked = dict(zip(("weight", "bias"), _masked_affine(module, mask), strict=True))
         result = copy.copy(module)
+        vars(result).pop("fold", None)
         result._parameters = dict(module._parameters)
         for name, value in masked.items():
             old = module._parameters[name]

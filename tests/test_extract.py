@@ -217,6 +217,36 @@ def test_features_stay_as_zeros_where_they_are_needed(how: str) -> None:
     assert int((compact.first.weight == 0).all(1).sum()) in (0, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("convnext_atto", 0.35), ("vit_tiny_patch16_224", 0.5), ("mobilenetv3_small_050", 0.35), ("regnety_002", 0.5)],
+)
+def test_timm_models_shrink(name: str, share: float) -> None:
+    """With half of the features on at random, heads are never off as wholes, and groups never equally full."""
+    options = {"img_size": 64, "depth": 2} if name.startswith("vit") else {}
+    net = timm.create_model(name, num_classes=4, **options)
+    model = hatify.hatify(net, 2, torch.randn(2, 3, 64, 64))
+    finish(model, 1)
+    compact = hatify.extract_task(model, 1)
+    assert size(compact) < share * size(net)
+    assert all(type(m).__module__.startswith("torch.") for m in compact.modules() if m is not compact)
+    inputs = (torch.randn(3, 3, 64, 64),)
+    assert difference(compact(*inputs), answers(model, 1, inputs)) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(3, 12), nn.LayerNorm(12), nn.GroupNorm(3, 12), nn.RMSNorm(12), nn.Linear(12, 2))
+    x = torch.randn(4, 3, dtype=dtype)
+    model = hatify.hatify(net.to(dtype), 1, x)
+    finish(model, 0)
+    expected = answers(model, 0, (x,))
+    assert same_bits([hatify.extract_task(model, 0, compact=False)(x)], expected)
+    compact = hatify.extract_task(model, 0)
+    assert compact(x).dtype == dtype
+    assert difference(compact(x), expected) < 10 * torch.finfo(dtype).eps
+
+
 def test_the_number_of_features_may_be_asked_for() -> None:
     class Asks(nn.Module):
         def __init__(self) -> None:
@@ -323,7 +353,8 @@ def test_what_cannot_be_extracted_is_said() -> None:
     model.begin_task(0)
     with pytest.raises(hatify.TaskError, match=r"task 0 is open for training: call end_task\(\)"):
         hatify.extract_task(model, 0)
-    model.end_task()
+    with no_repairs():
+        model.end_task()
     with pytest.raises(hatify.HatError, match="expected a converted model, not Linear"):
         hatify.extract_task(nn.Linear(2, 2), 0)  # type: ignore[arg-type]
     with pytest.raises(hatify.HatError, match=r"does not accept .*shape \(2, 5\)"):
