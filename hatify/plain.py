@@ -43,7 +43,7 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
     for module in copies.modules():
         if isinstance(module, HatLayer):
             module.__class__ = module.base
-        if isinstance(module, nn.Linear) and not layer_family(module) and _is_linear(module):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and _is_linear(module):
             module.__class__ = nn.Linear
         if parametrize.is_parametrized(module):
             _unparametrize(module)
