@@ -94,10 +94,8 @@ class Writer:
 
     def __init__(self, model: HatModel, modules: dict[str, nn.Module], removal: Removal, task: int) -> None:
         self.model, self.modules, self.removal, self.task = model, modules, removal, task
-        self.children, self.device = (
-            fx.Interpreter(children_of(model), graph=model.graph),
-            model.task_state.scale.device,
-        )
+        self.children = fx.Interpreter(children_of(model), graph=model.graph)
+        self.device = model.task_state.scale.device
         self.graph = fx.Graph()
         self.graph._codegen = copy.deepcopy(model.graph._codegen)
         self.root: dict[str, Any] = {}
@@ -234,7 +232,7 @@ class Writer:
         if self.removal.compact and view.all():
             return x
         name = str(node.args[1])
-        factor = self._get(name, view.to(self.removal.dtypes[node]))
+        factor = self._get(name, view.to(self.removal.dtypes[node], copy=True))
         product = self.graph.call_function(operator.mul, (x, factor))
         if node.target is masked:
             return product

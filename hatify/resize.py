@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from hatify.axes import Axis, Dims
 
 _SPLITS = ("split", "chunk", "tensor_split", "split_with_sizes")
-#: torch's functions that make tensors from sizes; their twins in ``torch.ops`` can be traced again.
+#: torch's functions that make tensors from sizes. Unpickling traces the code again, which only their twins in
+#: ``torch.ops`` can bear.
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
 _PADS = (F.pad, torch._C._nn.pad)
 
