@@ -74,10 +74,11 @@ def extract_task(
             refused = writer.refused | _Twins(writer, plain).compare(*values)
             if not refused:
                 return plain
-            if not compact or refused <= frozen:
+            everything = set(model.graph.nodes)
+            if not compact or frozen == everything:
                 names = ", ".join(sorted(node.name for node in refused))
                 raise HatError(f"task {task} cannot be written as a plain network: {names} would be computed otherwise")
-            frozen |= refused
+            frozen = everything if refused <= frozen else frozen | refused
 
 
 class _Twins(fx.Interpreter):
@@ -108,7 +109,8 @@ class _Twins(fx.Interpreter):
         counterpart = self.writer.values[n]
         if isinstance(value, Tensor) and isinstance(counterpart, fx.Node) and n.op != "output":
             expected = _kept(value, self.writer.removal.axes[n])
-            if not _agree(self.twin.env.get(counterpart), expected):
+            operands = [t for t in map(self.env.get, n.all_input_nodes) if isinstance(t, Tensor)]
+            if not _agree(self.twin.env.get(counterpart), expected, operands):
                 self.different.add(n)
                 self.twin.env[counterpart] = expected
         for node in written:
@@ -124,17 +126,25 @@ def _kept(value: Tensor, dims: Dims) -> Tensor:
     return value
 
 
-def _agree(found: Any, expected: Tensor) -> bool:
-    """Whether a value is what it should be, but for rounding."""
+def _agree(found: Any, expected: Tensor, operands: list[Tensor]) -> bool:
+    """Whether a value is what it should be, but for rounding: of itself, or of large operands that cancel."""
     if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not expected.is_floating_point() or not expected.numel():
         return True
     rounding = max(ROUNDING, 10 * torch.finfo(expected.dtype).eps)
-    difference, largest = (found - expected).abs().max(), expected.abs().max()
-    if largest.isfinite():
-        return bool(difference <= rounding * largest)
-    return torch.allclose(found, expected, rounding, rounding, equal_nan=True)
+    largest = max(_largest(t) for t in (expected, *operands) if t.is_floating_point())
+    if float((found - expected).abs().max()) <= rounding * largest:
+        return True
+    return torch.allclose(found, expected, rounding, rounding * largest, equal_nan=True)
+
+
+def _largest(value: Tensor) -> float:
+    """The largest finite number."""
+    magnitude = value.abs()
+    if not magnitude.isfinite().all():
+        magnitude = magnitude[magnitude.isfinite()]
+    return float(magnitude.max()) if magnitude.numel() else 0.0
 
 
 @contextmanager
