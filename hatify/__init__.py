@@ -3,6 +3,7 @@
 from hatify.census import Census, Entry
 from hatify.convert import hatify
 from hatify.errors import CheckpointError, ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.extract import extract_task
 from hatify.forget import forget_task
 from hatify.model import HatModel
 from hatify.policy import Policy
@@ -23,6 +24,7 @@ __all__ = [
     "MaskScale",
     "Policy",
     "TaskError",
+    "extract_task",
     "forget_task",
     "hatify",
     "load",

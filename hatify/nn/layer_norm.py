@@ -37,12 +37,10 @@ def fold(mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     return Folded(share * mask.numel(), eps * share, 1 - mask, weight, None if bias is None else bias * mask)
 
 
-def normalise(x: Tensor, folded: Folded) -> tuple[Tensor, ...]:
-    """The result, m, and the kernel's mean and reciprocal standard deviation."""
+def centred(x: Tensor, folded: Folded) -> tuple[Tensor, Tensor]:
+    """m, and what the kernel is given."""
     mean = x.sum(-1, keepdim=True) / folded.active
-    filled = torch.addcmul(x, mean, folded.fill)
-    y, kernel_mean, rstd = torch.native_layer_norm(filled, x.shape[-1:], folded.weight, folded.bias, folded.eps)
-    return y, mean, kernel_mean, rstd
+    return mean, torch.addcmul(x, mean, folded.fill)
 
 
 class _MaskedLayerNorm(Function):
@@ -54,7 +52,9 @@ class _MaskedLayerNorm(Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
         folded = fold(mask, weight, bias, eps)
-        return *normalise(x, folded), folded.fill, folded.weight
+        mean, filled = centred(x, folded)
+        normal = torch.native_layer_norm(filled, mask.shape, folded.weight, folded.bias, folded.eps)
+        return normal[0], mean, *normal[1:], folded.fill, folded.weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -77,9 +77,9 @@ class _MaskedLayerNorm(Function):
             filled = torch.addcmul(x, mean, fill)
             needed = [True, True, bias is not None]
             g, g_weight, g_bias = torch.ops.aten.native_layer_norm_backward(
-                grad, filled, x.shape[-1:], kernel_mean, rstd, folded_weight, bias, needed
+                grad, filled, mask.shape, kernel_mean, rstd, folded_weight, bias, needed
             )
-            rows, means = g.reshape(-1, x.shape[-1]), mean.reshape(-1)
+            rows, means = g.reshape(-1, mask.numel()), mean.reshape(-1)
             g_mean = torch.mv(rows, fill).div_(active)
             g_weight = g_weight.mul_(root)
             g_mask = g_weight if weight is None else g_weight * weight
@@ -100,7 +100,7 @@ def composite(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | Non
     share = mask.mean().clamp_min(torch.finfo(mask.dtype).eps)
     filled = torch.addcmul(x, x.mean(-1, keepdim=True) / share, 1 - mask) * share.rsqrt()
     weight = mask * share.sqrt() if weight is None else weight * mask * share.sqrt()
-    return F.layer_norm(filled, x.shape[-1:], weight, None if bias is None else bias * mask, eps)
+    return F.layer_norm(filled, mask.shape, weight, None if bias is None else bias * mask, eps)
 
 
 def masked_layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -111,10 +111,11 @@ def masked_layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
         x: shape (…, C), zero where the mask is.
         mask: shape (C,), in [0, 1], in the dtype of `x`.
     """
-    weight, bias = (None if p is None else p.to(x.dtype) for p in (norm.weight, getattr(norm, "bias", None)))
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    weight, bias = (None if p is None else p.to(mask.dtype) for p in (norm.weight, getattr(norm, "bias", None)))
+    if torch.compiler.is_compiling() or mask.device.type != "cpu":
         return composite(x, mask, weight, bias, norm.eps)
     if torch.is_grad_enabled():
         y: Tensor = _MaskedLayerNorm.apply(x, mask, weight, bias, norm.eps)[0]
         return y
-    return normalise(x, remembered(norm, mask, lambda: fold(mask, weight, bias, norm.eps)))[0]
+    folded = remembered(norm, mask, lambda: fold(mask, weight, bias, norm.eps))
+    return F.layer_norm(centred(x, folded)[1], mask.shape, folded.weight, folded.bias, folded.eps)
