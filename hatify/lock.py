@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hatify.gate import EMBEDDING_LIMIT
+from hatify.labels import compact
 from hatify.nn.per_task import PER_TASK, owned_by
 
 if TYPE_CHECKING:
@@ -64,12 +65,11 @@ class _Partial:
 
     def __init__(self, name: str, parameter: nn.Parameter, saved: Tensor, lock: Tensor) -> None:
         self.name, self.parameter, self.saved = name, parameter, saved
-        kernel = parameter.shape[2:].numel() if parameter.ndim > 2 else 1
-        runs = lock.reshape(-1, kernel)
-        whole_runs = kernel > 1 and parameter.is_contiguous() and bool((runs == runs[:, :1]).all())
-        self.runs = runs[:, 0].nonzero().squeeze(1) if whole_runs else None
-        self.kernel = kernel
+        self.kernel = parameter.shape[2:].numel() if parameter.ndim > 2 else 1
         self.lock = lock
+        per_kernel = self.kernel > 1 and all(stride == 0 for stride in lock.stride()[2:]) and parameter.is_contiguous()
+        kernels = lock.reshape(-1, self.kernel)[:, 0] if per_kernel else None
+        self.runs = None if kernels is None else kernels.nonzero().squeeze(1)
         #: The gradient that was masked last, and its version then.
         self.masked: tuple[weakref.ref[Tensor], int] | None = None
         #: Optimizer states that are zero where the parameter is locked.
@@ -89,6 +89,13 @@ class _Partial:
         else:
             saved = self.saved.view(-1, self.kernel)
             self.parameter.view(-1, self.kernel).index_copy_(0, self.runs, saved[self.runs])
+
+    def is_restored_in(self, tensor: Tensor) -> bool:
+        """Whether the locked entries of `tensor` are what was saved."""
+        if self.runs is None or not tensor.is_contiguous():
+            return torch.equal(torch.where(self.lock, tensor, self.saved), self.saved)
+        now, then = (t.view(-1, self.kernel)[self.runs] for t in (tensor, self.saved))
+        return torch.equal(now, then)
 
     def unmoved_by(self, optimizer: torch.optim.Optimizer, decay: float) -> bool:
         """Whether a step of `optimizer` has left locked entries where they were.
@@ -154,9 +161,9 @@ class Guard:
             for name, uses in model.uses.items():
                 parameter = tensors[name]
                 lock = locked_entries(uses, masks, parameter.shape)
-                if lock.all():
+                if compact(lock).all():
                     self._keep_whole(name, parameter)
-                elif lock.any():
+                elif compact(lock).any():
                     assert isinstance(parameter, nn.Parameter)
                     self.partial.append(_Partial(name, parameter, self.saved[name], lock))
             names = {id(tensor): name for name, tensor in tensors.items()}
@@ -206,10 +213,11 @@ class Guard:
         """
         found = {}
         tensors = dict(named_tensors(model))
-        locks = [(p.name, p.saved, p.lock) for p in self.partial]
-        locks += [(w.name, w.saved, torch.ones_like(w.saved, dtype=torch.bool)) for w in self.whole]
+        every = torch.ones((), dtype=torch.bool)
+        locks = [(p.name, p.saved, p.lock) for p in self.partial if not p.is_restored_in(tensors[p.name])]
+        locks += [(w.name, w.saved, every) for w in self.whole if not torch.equal(tensors[w.name], w.saved)]
         for name, saved, lock in locks:
-            different = (tensors[name] != saved) & lock
+            different = (tensors[name] != saved) & lock.to(saved.device)
             if count := int(different.sum()):
                 found[name] = count
                 tensors[name].copy_(torch.where(different, saved, tensors[name]))

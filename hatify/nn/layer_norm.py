@@ -114,6 +114,7 @@ def masked_layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
     weight, bias = (None if p is None else p.to(mask.dtype) for p in (norm.weight, getattr(norm, "bias", None)))
     if torch.compiler.is_compiling() or mask.device.type != "cpu":
         return composite(x, mask, weight, bias, norm.eps)
+    x = x.contiguous()  # the kernel would copy it; this way the sums run along memory, too
     if torch.is_grad_enabled():
         y: Tensor = _MaskedLayerNorm.apply(x, mask, weight, bias, norm.eps)[0]
         return y
