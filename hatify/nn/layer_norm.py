@@ -37,10 +37,11 @@ def fold(mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     return Folded(share * mask.numel(), eps * share, 1 - mask, weight, None if bias is None else bias * mask)
 
 
-def centred(x: Tensor, folded: Folded) -> tuple[Tensor, Tensor]:
-    """m, and what the kernel is given."""
-    mean = x.sum(-1, keepdim=True) / folded.active
-    return mean, torch.addcmul(x, mean, folded.fill)
+def filled_in(x: Tensor, mean: Tensor, fill: Tensor) -> Tensor:
+    """x + (1 − a)·m, contiguous, as the kernel wants it."""
+    if isinstance(x, Tensor) and not x.is_contiguous():
+        return x.contiguous().addcmul_(mean, fill)  # into the copy
+    return torch.addcmul(x, mean, fill)
 
 
 class _MaskedLayerNorm(Function):
@@ -52,7 +53,8 @@ class _MaskedLayerNorm(Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
         folded = fold(mask, weight, bias, eps)
-        mean, filled = centred(x, folded)
+        mean = x.sum(-1, keepdim=True) / folded.active
+        filled = filled_in(x, mean, folded.fill)
         normal = torch.native_layer_norm(filled, mask.shape, folded.weight, folded.bias, folded.eps)
         return normal[0], mean, *normal[1:], folded.fill, folded.weight
 
@@ -74,7 +76,7 @@ class _MaskedLayerNorm(Function):
         with torch.autocast(x.device.type, enabled=False):
             active = max(float(mask.sum()), mask.numel() * torch.finfo(mask.dtype).eps)
             root = (active / mask.numel()) ** 0.5
-            filled = torch.addcmul(x, mean, fill)
+            filled = filled_in(x, mean, fill)
             needed = [True, True, bias is not None]
             g, g_weight, g_bias = torch.ops.aten.native_layer_norm_backward(
                 grad, filled, mask.shape, kernel_mean, rstd, folded_weight, bias, needed
@@ -114,9 +116,9 @@ def masked_layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
     weight, bias = (None if p is None else p.to(mask.dtype) for p in (norm.weight, getattr(norm, "bias", None)))
     if torch.compiler.is_compiling() or mask.device.type != "cpu":
         return composite(x, mask, weight, bias, norm.eps)
-    x = x.contiguous()  # the kernel would copy it; this way the sums run along memory, too
     if torch.is_grad_enabled():
         y: Tensor = _MaskedLayerNorm.apply(x, mask, weight, bias, norm.eps)[0]
         return y
     folded = remembered(norm, mask, lambda: fold(mask, weight, bias, norm.eps))
-    return F.layer_norm(centred(x, folded)[1], mask.shape, folded.weight, folded.bias, folded.eps)
+    filled = filled_in(x, x.sum(-1, keepdim=True) / folded.active, folded.fill)
+    return F.layer_norm(filled, mask.shape, folded.weight, folded.bias, folded.eps)
