@@ -2,15 +2,27 @@
 
 from hatify.census import Census, Entry
 from hatify.convert import hatify
-from hatify.errors import CapacityWarning, ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.errors import (
+    CapacityWarning,
+    CheckpointError,
+    ConversionError,
+    HatError,
+    HatWarning,
+    IsolationError,
+    TaskError,
+)
+from hatify.forget import forget_task
 from hatify.model import HatModel
+from hatify.plain import load_plain_state_dict
 from hatify.policy import Policy
+from hatify.saving import load, save
 from hatify.schedule import MaskScale
 from hatify.verify import verify_isolation
 
 __all__ = [
     "CapacityWarning",
     "Census",
+    "CheckpointError",
     "ConversionError",
     "Entry",
     "HatError",
@@ -20,6 +32,10 @@ __all__ = [
     "MaskScale",
     "Policy",
     "TaskError",
+    "forget_task",
     "hatify",
+    "load",
+    "load_plain_state_dict",
+    "save",
     "verify_isolation",
 ]

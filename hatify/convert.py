@@ -14,6 +14,7 @@ from hatify.errors import ConversionError
 from hatify.examples import infer_example_inputs, refusals_named
 from hatify.model import HatModel
 from hatify.nn.state import TaskState
+from hatify.origin import Origin
 from hatify.plan import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import STATE, rewrite_graph, rewrite_modules
@@ -68,14 +69,16 @@ def hatify(
         ConversionError: the network cannot be traced, or an argument does not fit it.
         ValueError: an argument is out of range.
     """
+    num_classes, heads, policies = _kept(num_classes), _kept(heads), dict(policies or {})
+    options = {name: value for name, value in locals().items() if name not in ("net", "example_inputs")}
     classes = _check_arguments(net, num_tasks, num_classes, s_max)
+    origin = Origin.of(net, options)
     net = detached_copy(net)
     inputs = _example_inputs(net, example_inputs)
-    overrides = dict(policies or {})
     arguments = bound_arguments(net, inputs)
     with refusals_named(net, inputs):
-        traced = trace(net, arguments, frozenset(overrides))
-        classification = classify(net, traced.graphs, heads, overrides)
+        traced = trace(net, arguments, frozenset(policies))
+        classification = classify(net, traced.graphs, heads, policies)
         space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
     plan = make_plan(net, traced.graphs, classification, space, findings)
     if classes is not None and Policy.HEAD not in plan.modules.values():
@@ -87,7 +90,12 @@ def hatify(
     net.add_module(STATE, state.train(net.training))
     for graph in traced.graphs:
         rewrite_graph(net, graph, plan, findings.fold)
-    return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs)
+    return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+
+
+def _kept(given: Any) -> Any:
+    """`given`, as a list if it could be iterated over only once."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
 
 
 def _check_arguments(
@@ -121,6 +129,15 @@ def _check_arguments(
         raise ValueError(f"num_tasks must be a positive integer, not {num_tasks!r}")
     if not 1 < s_max < math.inf:
         raise ValueError(f"s_max must be finite and above 1, not {s_max!r}")
+    return class_counts(num_tasks, num_classes)
+
+
+def class_counts(num_tasks: int, num_classes: int | Iterable[int] | None) -> list[int] | None:
+    """The number of classes of each of `num_tasks` tasks, or None.
+
+    Raises:
+        ValueError: there is not one positive integer for each.
+    """
     if num_classes is None:
         return None
     classes = list(num_classes) if isinstance(num_classes, Iterable) else [num_classes] * num_tasks

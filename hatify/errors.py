@@ -17,6 +17,10 @@ class IsolationError(HatError):
     """A finished task's outputs would change, or have changed."""
 
 
+class CheckpointError(HatError, ValueError):
+    """A checkpoint cannot be read, does not fit the network, or cannot be written; the message names the file."""
+
+
 class HatWarning(UserWarning):
     """Something a user should know about that does not stop the work."""
 

@@ -16,9 +16,12 @@ from torch import Tensor, fx, nn
 from hatify.census import Census
 from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError
 from hatify.gate import gate
+from hatify.growth import grow
 from hatify.lock import Guard, named_tensors
+from hatify.mixed import answer_each, check_tasks
 from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.nn.state import TaskState
+from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
 from hatify.rewrite import STATE
@@ -50,8 +53,10 @@ class HatModel(fx.GraphModule):
     uses: dict[str, list[Use]]
     constants: tuple[str, ...]
     _owners: dict[str, str]
+    _origin: Origin
     _graphs: dict[bool, fx.Graph]
     _guard: Guard | None
+    _task_of_sample: Tensor | None
     _mode_readers: tuple[str, ...]
 
     def __init__(
@@ -62,6 +67,7 @@ class HatModel(fx.GraphModule):
         plan: Plan,
         s_max: float,
         example_inputs: tuple[Any, ...] | dict[str, Any],
+        origin: Origin,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name="HatModel")
         for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
@@ -78,8 +84,10 @@ class HatModel(fx.GraphModule):
             uses=plan.uses,
             constants=tuple(e.name for e in plan.census if e.policy == "constant"),
             _owners=plan.owners,
+            _origin=origin,
             _trainable={name for name, p in self.named_parameters() if p.requires_grad},
             _guard=None,
+            _task_of_sample=None,
         )
         self._install({True: training, False: evaluation})
         if training is not evaluation:
@@ -154,6 +162,12 @@ class HatModel(fx.GraphModule):
         if saved is not None:
             self._open_guard({name: fn(tensor) for name, tensor in saved.items()})
         return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tasks = self._task_of_sample
+        if tasks is None:
+            return super().__call__(*args, **kwargs)
+        return answer_each(self, tasks, args, kwargs)
 
     # Tasks -----------------------------------------------------------------------------------------------------------
 
@@ -257,24 +271,53 @@ class HatModel(fx.GraphModule):
         self._set_task(self.task_state.task_before)
         self._close_guard()
 
-    def set_task(self, task: int) -> None:
-        """Choose the task that answers.
+    def set_task(self, task: int | Tensor) -> None:
+        """Choose the task that answers, or one for each sample.
+
+        Args:
+            task: its number; or the numbers of finished tasks, int64, shape (batch,): each sample of the next calls,
+                which are in evaluation mode and have batches of this length, is answered by its own task. All tensors
+                that go in and come out must have the batch as their first dimension.
 
         Raises:
-            TaskError: there is no such task.
+            TaskError: there is no such task, or, of several, one is not finished.
         """
-        self._check_task(task)
-        self._set_task(task)
+        if isinstance(task, Tensor):
+            check_tasks(self, task)
+            self.__dict__["_task_of_sample"] = task.clone()
+        else:
+            self._check_task(task)
+            self._set_task(task)
 
     @contextmanager
-    def task(self, task: int) -> Iterator[HatModel]:
+    def task(self, task: int | Tensor) -> Iterator[HatModel]:
         """Within the context, `task` answers."""
-        before = self.task_state.task
+        before, each_before = self.task_state.task, self._task_of_sample
         self.set_task(task)
         try:
             yield self
         finally:
             self._set_task(before)
+            self.__dict__["_task_of_sample"] = each_before
+
+    def add_tasks(self, n: int, num_classes: int | Iterable[int] | None = None) -> None:
+        """Make room for `n` more tasks than were foreseen; what finished tasks answer does not change.
+
+        Every parameter and buffer there is stays the same object, so optimizers, hooks and wrappers that hold some
+        keep them; the new tasks' own are new objects, which an optimizer made before does not hold. They start as
+        copies of those of a task that has learned nothing yet, or else of the last task. Compile, export or
+        distribute the model afterwards.
+
+        Args:
+            n: how many, at least 1.
+            num_classes: outputs of each new head, one number or one per new task; these are freshly initialised.
+                None: as at the conversion.
+
+        Raises:
+            TaskError: a task is open.
+            ValueError: an argument is out of range, or `num_classes` is needed.
+        """
+        grow(self, n, num_classes)
 
     def masks(self, task: int) -> dict[str, Tensor]:
         """The binary masks of a task: {name of layer or parameter: bool, shape (features,)}.
@@ -302,6 +345,7 @@ class HatModel(fx.GraphModule):
             raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
 
     def _set_task(self, task: int) -> None:
+        self.__dict__["_task_of_sample"] = None
         for module in self.modules():
             if isinstance(module, (*PER_TASK, TaskState)):
                 module.task = task

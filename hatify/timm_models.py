@@ -16,8 +16,8 @@ or one for each task. ``timm.create_model`` drops arguments that are None, so ``
 Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of
 every task. With another number of classes than the weights have, the heads start afresh, as in timm. The converted
 model keeps timm's attributes (``pretrained_cfg``, ``num_features``, …; ``num_classes`` is a tuple where tasks differ in
-it) and ``get_classifier()``, and takes state dictionaries of the original (`OriginalWeights`), which is how
-``checkpoint_path`` works.
+it) and ``get_classifier()``, and takes state dictionaries of the original (`OriginalWeights` in `hatify.plain`), which
+is how ``checkpoint_path`` works.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from timm.models import (
     register_model,
     register_model_deprecations,
 )
-from torch import Tensor
 
 from hatify.convert import hatify
 from hatify.model import HatModel
-from hatify.nn.per_task import PER_TASK, PerTask
+from hatify.nn.per_task import PerTask
+from hatify.plain import OriginalWeights
 from hatify.rewrite import STATE
 
 PREFIX = "hat_"
@@ -82,9 +82,9 @@ class EntryPoint:
             raise TypeError(f"num_tasks is missing: timm.create_model({self.__name__!r}, num_tasks=…)")
         per_task = _one_per_task(kwargs, options["num_tasks"])
         net = model_entrypoint(self.name)(pretrained=pretrained, **kwargs)
+        # As timm.create_model does it: what the network can be made of again.
+        net._model_args = {**getattr(net, "_model_args", {}), **kwargs}
         model = hatify(net, num_classes=per_task, **options)
-        if per_task is not None:
-            model.num_classes = per_task
         keep_interface(model, net)
         return model
 
@@ -109,12 +109,15 @@ def _one_per_task(kwargs: dict[str, Any], num_tasks: int) -> tuple[int, ...] | N
 def keep_interface(model: HatModel, net: Any) -> None:
     """Give a converted model what timm's own code expects of the network it was made from.
 
-    Attributes that are no methods are there already. This adds ``get_classifier()``, which answers for the task that
-    is set, and lets the model load state dictionaries of `net`. (What is added refers to parts of the model or to
-    names, never to the model itself, so that copies and pickles take it along.)
+    Attributes that are no methods are there already, but for ``num_classes`` where tasks differ in it. This adds
+    ``get_classifier()``, which answers for the task that is set, and lets the model load state dictionaries of `net`.
+    (What is added refers to parts of the model or to names, never to the model itself, so that copies and pickles take
+    it along.)
     """
-    per_task = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, PER_TASK)]
-    model._register_load_state_dict_pre_hook(OriginalWeights(frozenset(per_task), model.num_tasks))
+    classes = model._origin.arguments["num_classes"]
+    if isinstance(classes, list):
+        model.num_classes = tuple(classes)
+    model._register_load_state_dict_pre_hook(OriginalWeights.of(model))
     model.register_load_state_dict_post_hook(_state_may_be_missing)
     if hasattr(net, "get_classifier"):
         paths = {id(m): path for path, m in net.named_modules()}
@@ -160,38 +163,6 @@ class Classifier:
     def __call__(self) -> Any:
         layers = tuple(layer() for layer in self.layers)
         return layers if self.several else layers[0]
-
-
-@dataclass(frozen=True)
-class OriginalWeights:
-    """A hook of ``load_state_dict`` by which a converted model takes weights of the original.
-
-    Each weight of a module or parameter that every task has its own of is repeated for each task. State dictionaries
-    of converted models pass unchanged.
-
-    Attributes:
-        per_task: where the model has one copy per task.
-        num_tasks: how many.
-    """
-
-    per_task: frozenset[str]
-    num_tasks: int
-
-    def __call__(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        if any(key.startswith(f"{prefix}{STATE}.") for key in state_dict):
-            return
-        for key in list(state_dict):
-            place = next((p for p in _ancestors(key.removeprefix(prefix)) if p in self.per_task), None)
-            if place is None or not key.startswith(prefix):
-                continue
-            value, rest = state_dict.pop(key), key[len(prefix) + len(place) :]
-            state_dict.update({f"{prefix}{place}.{task}{rest}": value for task in range(self.num_tasks)})
-
-
-def _ancestors(name: str) -> list[str]:
-    """``"a.b.c"``: a, a.b, a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _state_may_be_missing(model: HatModel, incompatible: Any) -> None:

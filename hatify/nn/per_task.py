@@ -42,12 +42,24 @@ class PerTaskTensor(nn.Module):
 
     def __init__(self, value: Tensor, num_tasks: int) -> None:
         super().__init__()
-        for task in range(num_tasks):
-            if isinstance(value, nn.Parameter):
-                own = value if task == 0 else nn.Parameter(value.detach().clone(), value.requires_grad)
-                self.register_parameter(str(task), own)
-            else:
-                self.register_buffer(str(task), value if task == 0 else value.clone())
+        self._register(0, value)
+        for task in range(1, num_tasks):
+            self._register(task, self._copy(value))
+
+    def add(self, source: int) -> None:
+        """One more task, with a copy of that of `source`."""
+        self._register(len(self._parameters) + len(self._buffers), self._copy(getattr(self, str(source))))
+
+    def _register(self, task: int, value: Tensor) -> None:
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(str(task), value)
+        else:
+            self.register_buffer(str(task), value)
+
+    @staticmethod
+    def _copy(value: Tensor) -> Tensor:
+        copied = value.detach().clone()
+        return nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
 
     def forward(self) -> Tensor:
         return getattr(self, str(self.task))

@@ -132,6 +132,12 @@ class TaskState(nn.Module):
         self.finished[task] = True
         self._constant_masks.pop(task, None)
 
+    def forget(self, task: int) -> None:
+        """Let a finished task be one that has not been learned."""
+        self.finished_masks[task] = False
+        self.finished[task] = False
+        self._constant_masks.pop(task, None)
+
     def _apply(self, fn: Any, recurse: bool = True) -> TaskState:
         self._constant_masks.clear()
         return super()._apply(fn, recurse)
