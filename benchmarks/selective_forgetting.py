@@ -72,18 +72,9 @@ class Trainer:
         """Train `net` on labels that count from 0 within `outputs`; an open task of a `HatModel` with its masks."""
         args = self.args
         steps = len(labels) // args.batch_size
-        groups = [{"params": list(net.parameters())}]
-        rates = [args.lr]
-        scale = None
-        if isinstance(net, hatify.HatModel):
-            scale = hatify.MaskScale(net, steps=steps)
-            # Compensated gradients are s_max times larger than others: at the weights' rate, features that a task
-            # needs would be off before it has learned to use them.
-            masks = set(net.task_state.embeddings)
-            groups = [{"params": [p for p in net.parameters() if p not in masks]}, {"params": list(masks)}]
-            rates = [args.lr, args.mask_lr]
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=args.epochs * steps)
+        optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, nesterov=True)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
+        scale = hatify.MaskScale(net, steps=steps) if isinstance(net, hatify.HatModel) else None
         net.train()
         for epoch in range(args.epochs):
             self.progress.update(self.bar, description=f"{what}, epoch {epoch + 1}/{args.epochs}")
@@ -247,7 +238,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=5, help="epochs per task (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="peak of the one-cycle learning rate (%(default)s)")
-    parser.add_argument("--mask-lr", type=float, default=0.01, help="the same, of the masks (%(default)s)")
     parser.add_argument("--regularization", type=float, default=0.3, help="weight of Eq. 5 (%(default)s)")
     parser.add_argument("--s-max", type=float, default=100.0, help="upper bound of the mask scale (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=20, help="how often task 0 is forgotten (%(default)s)")
