@@ -112,7 +112,7 @@ def selection(setting: Setting, x: Tensor, y: Tensor, seed: int, epochs: int) ->
 
 
 def convergence(
-    masks: str, init: str, schedule: str, clamp: float | None, x: Tensor, y: Tensor, seed: int
+    masks: str, init: str, schedule: str, clamp: float | None, x: Tensor, y: Tensor, seed: int, epochs: int
 ) -> int | None:
     """Batches until the loss on the 200 test samples is below 0.1, looked at after each; None: never."""
     torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def convergence(
         scale = hatify.MaskScale(net, steps=BATCHES, schedule=schedule)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     test_x, test_y = x[BATCH * BATCHES :], y[BATCH * BATCHES :]
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         for batch, (inputs, targets) in enumerate(batches(x, y), 1):
             loss = F.mse_loss(net(inputs), targets)
             optimizer.zero_grad()
@@ -175,13 +175,13 @@ def selections(settings: list[Setting], networks: int, epochs: int, seed: int, w
     return rows
 
 
-def convergences(networks: int, seed: int) -> list[dict[str, Any]]:
+def convergences(networks: int, epochs: int, seed: int) -> list[dict[str, Any]]:
     """A row for each kind of masks."""
     x, y = problem(2, seed)
     rows = []
     kinds = [(masks, *pair, clamp) for masks in ("output", "input", "both") for pair in PUBLISHED for clamp in CLAMPS]
     for kind in track([("none", "", "", None), *kinds], description="convergence of the loss"):
-        counts = [convergence(*kind, x, y, 1000 * seed + network) for network in range(networks)]
+        counts = [convergence(*kind, x, y, 1000 * seed + network, epochs) for network in range(networks)]
         published = PUBLISHED_LOSS.get(kind[:3])
         row = dict(zip(("masks", "init", "schedule", "clamp"), kind, strict=True))
         rows.append({**row, "published": published, **summary(counts)})
@@ -245,20 +245,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "initialisation_and_scaling.json")
-    parser.add_argument("--fast", action="store_true", help="three networks, a small grid: shows that it runs")
+    parser.add_argument(
+        "--fast", action="store_true", help="two networks, few epochs, a small grid: shows that it runs"
+    )
     args = parser.parse_args()
     if args.fast:
-        args.networks = args.grid_networks = 3
+        args.networks = args.grid_networks = 2
+    epochs = 4 if args.fast else EPOCHS
     torch.set_num_threads(1)
     console = Console()
     settings = [Setting(*pair, clamp, weight) for weight in (0.5, 1.0) for clamp in CLAMPS for pair in PUBLISHED]
-    table = selections(settings, args.networks, EPOCHS, args.seed, "Table 1")
-    losses = convergences(args.networks, args.seed)
+    table = selections(settings, args.networks, epochs, args.seed, "Table 1")
+    losses = convergences(args.networks, epochs, args.seed)
     show(table, losses, console)
     s_max = (100.0, 400.0) if args.fast else (25.0, 50.0, 100.0, 200.0, 400.0)
     inits = ("dense",) if args.fast else ("dense", 0.5, "normal")
     points = itertools.product(inits, SCHEDULES, (50.0, 17.0, None), (0.5,), s_max)
-    grid = selections([Setting(*point) for point in points], args.grid_networks, GRID_EPOCHS, args.seed, "grid")
+    grid = selections(
+        [Setting(*point) for point in points], args.grid_networks, min(epochs, GRID_EPOCHS), args.seed, "grid"
+    )
     report = {
         "conditions": {"torch": torch.__version__, "optimizer": "SGD 0.01, momentum 0.9", **vars(args)},
         "table": table,
