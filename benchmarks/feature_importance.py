@@ -30,7 +30,7 @@ import hatify
 from record import Record
 
 TASKS, BATCH = 5, 32
-WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+WEIGHTS = (0.1, 0.2, 0.4, 0.8)
 
 
 def run(weight: float, seed: int, args: argparse.Namespace) -> tuple[list[float], Tensor, bool]:
