@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ _OUTPUT_ACTIVATIONS = {
 }  # fmt: skip
 
 
+#: The reason for a policy that `policies=` names.
+CHOSEN = "chosen by the user"
+
+
 @dataclass(frozen=True)
 class Classification:
     """Policies before the analysis.
@@ -38,6 +42,10 @@ class Classification:
 
     modules: dict[str, tuple[Policy, str]]
     output_weights: frozenset[str]
+
+    def per_task(self, paths: Iterable[str], reason: str) -> Classification:
+        """The same, but for modules that get one copy per task."""
+        return replace(self, modules=self.modules | {path: (Policy.PER_TASK, reason) for path in paths})
 
 
 def classify(
@@ -102,8 +110,8 @@ def is_altered(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-#: Subclasses with a ``forward`` of their own that only pads the input before the ordinary layer.
-PLAIN_SUBCLASSES = {("timm.layers.conv2d_same", "Conv2dSame")}
+#: Subclasses with a ``forward`` of their own that only pads or casts around the ordinary layer.
+PLAIN_SUBCLASSES = {("timm.layers.conv2d_same", "Conv2dSame"), ("timm.layers.linear", "Linear")}
 
 
 @torch.no_grad()
@@ -176,7 +184,7 @@ def _override(
             f"policies[{path!r}]: the output features of this {type(module).__name__} do not each depend on one row of "
             "its parameters only; choose 'shared' if it is plain, else 'per_task'"
         )
-    return {path: (policy, "chosen by the user")}
+    return {path: (policy, CHOSEN)}
 
 
 # Heads ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hatify.origin import Origin
 from hatify.plan import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import STATE, rewrite_graph, rewrite_modules
-from hatify.support import analyse
+from hatify.support import analyse, only_weighing
 from hatify.trace import bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
@@ -80,6 +80,11 @@ def hatify(
         traced = trace(net, arguments, frozenset(policies))
         classification = classify(net, traced.graphs, heads, policies)
         space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
+        if weighing := only_weighing(space, findings, classification):
+            classification = classification.per_task(
+                weighing, "its features only weigh others, as attention's heads do"
+            )
+            space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
     plan = make_plan(net, traced.graphs, classification, space, findings)
     if classes is not None and Policy.HEAD not in plan.modules.values():
         raise ConversionError(

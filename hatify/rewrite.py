@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from hatify.classify import is_plain
 from hatify.errors import ConversionError
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
@@ -57,7 +58,7 @@ def _inside(name: str, plan: Plan) -> bool:
 def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int]) -> PerTask:
     """Freshly initialised heads like `head`, with one number of classes for each task."""
     family = family_of(head)
-    if family is None or type(head) not in LAYERS:
+    if family is None or not is_plain(head, family):
         raise ConversionError(
             f"{path}: cannot make a {type(head).__name__} with another number of classes; "
             "leave num_classes out, or name another layer with heads="

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hatify.classify import Classification, is_altered
+from hatify.classify import CHOSEN, Classification, is_altered
 from hatify.errors import ConversionError
-from hatify.labels import ON, LabelSpace
+from hatify.labels import ON, LabelSpace, compact
 from hatify.nn.layers import family_of
+from hatify.policy import Policy
 from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
 from hatify.rules.movement import found_to_move
@@ -179,6 +180,40 @@ def analyse(
         for module, mode in modes.items():
             module.training = mode
     return space, findings
+
+
+#: More features than attention has heads are worth a mask.
+MANY_HEADS = 64
+
+
+def only_weighing(space: LabelSpace, findings: Findings, classification: Classification) -> list[str]:
+    """Masked layers whose features end in the weights with which others are summed, and are read by no layer.
+
+    Such features are attention's heads, mixed by talking-heads attention or biased by a position network. A head that
+    is off weighs all positions alike, so that its queries and keys would be locked for nothing, and there are few heads
+    to choose from.
+    """
+    if not findings.weighing:
+        return []
+    classes = space.classes()
+
+    def found(labels: Iterable[Tensor]) -> Tensor:
+        different = torch.cat([compact(one).unique() for one in labels]).unique().tolist()
+        leaves = sorted(set().union(*(space.members(label) for label in different)))
+        return classes.of(torch.tensor(leaves)).unique()
+
+    weighing = found(findings.weighing)
+    reads = found(label for labels in findings.reads.values() for label in labels)
+    only = weighing[~torch.isin(weighing, reads) & (weighing > ON)]
+    return [
+        path
+        for path, leaves in space.features.items()
+        if path in classification.modules
+        and classification.modules[path][0] in (Policy.SHARED, Policy.ROW)
+        and classification.modules[path][1] != CHOSEN
+        and leaves.count <= MANY_HEADS
+        and torch.isin(classes.of(torch.arange(leaves.first, leaves.first + leaves.count)), only).all()
+    ]
 
 
 @contextmanager

@@ -1446,7 +1446,8 @@ class OverPositions(nn.Module):
             return 4 * e / e.sum(self.dims, keepdim=True)
         if self.how == "length":
             return x / x.square().sum(self.dims, keepdim=True).sqrt()
-        return (x - x.mean(self.dims, keepdim=True)) / x.std(self.dims, keepdim=True)
+        # A channel may be constant: where all that it reads is off.
+        return (x - x.mean(self.dims, keepdim=True)) / (x.std(self.dims, keepdim=True) + 0.01)
 
 
 @block("image", "tokens")

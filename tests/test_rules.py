@@ -341,6 +341,8 @@ def _movement() -> Iterator[Case]:
     yield call(F.unfold, x(2, 4, 4, 4), 2)
     yield call(F.unfold, x(2, 4, 4, 4), kernel_size=2, padding=1, stride=2)
     yield call("unfold", x(2, 4, 6), 2, 2, 2)
+    yield call(F.fold, x(2, 12, 9), 4, 2)
+    yield call(F.fold, x(12, 4), output_size=(4, 4), kernel_size=2, stride=2)
     yield call("mT", x(2, 3)) if callable(getattr(Tensor, "mT", None)) else call(getattr, x(2, 3), "mT")
     for name in ("T", "mT", "data"):
         yield call(getattr, x(3, 4), name)
@@ -348,6 +350,7 @@ def _movement() -> Iterator[Case]:
         (nn.Flatten(), (2, 4, 3)), (nn.Flatten(0, 1), (2, 4, 3)), (nn.Unflatten(1, (2, 2)), (2, 4)),
         (nn.PixelShuffle(2), (2, 8, 2, 2)), (nn.PixelUnshuffle(2), (2, 2, 4, 4)), (nn.ChannelShuffle(2), (2, 4, 3, 3)),
         (nn.Unfold(2), (2, 3, 4, 4)), (nn.Identity(), (2, 4)),
+        (nn.Fold(4, 3, padding=1, stride=2), (2, 18, 4)),
     ):  # fmt: skip
         yield call(module, x(*shape))
     for spatial, kinds in {

@@ -332,12 +332,57 @@ def test_pixel_shuffle_moves_labels_with_their_channels() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1))
     found, space = reads(net, torch.randn(2, 3, 4, 4))
     assert found["2"][0].tolist() == [leaf for leaf in leaves(space, "0") for _ in range(4)]
-    back = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 2, 1))
+    back = nn.Sequential(nn.Conv2d(3, 20, 1), nn.PixelShuffle(2), nn.Conv2d(5, 2, 1))
     found, space = reads(back, torch.randn(2, 3, 4, 4))
     # Four channels come to lie at four positions of one: they are read by one input and so coupled.
-    roots = space.classes().of(torch.tensor(leaves(space, "0"))).tolist()
-    assert roots == [roots[0]] * 4 + [roots[4]] * 4
-    assert roots[0] != roots[4]
+    roots = space.classes().of(torch.tensor(leaves(space, "0"))).view(5, 4)
+    assert (roots == roots[:, :1]).all()
+    assert roots.unique().numel() == 5
+
+
+def test_channels_are_not_coupled_for_a_layer_that_reads_few_of_many() -> None:
+    found, space = reads(
+        nn.Sequential(nn.Conv2d(3, 48, 1), nn.PixelShuffle(4), nn.Conv2d(3, 2, 1)), torch.randn(2, 3, 4, 4)
+    )
+    assert found["2"][0].tolist() == [ON, ON, ON]
+    assert space.classes().of(torch.tensor(leaves(space, "0"))).unique().numel() == 48
+
+
+def test_layers_that_only_weigh_heads_have_a_copy_per_task() -> None:
+    class TalkingHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.before, self.after = nn.Linear(6, 24), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.proj = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 2)).permute(2, 0, 3, 1, 4).unbind(0)
+            logits = self.before((q @ k.transpose(-1, -2)).permute(0, 2, 3, 1))
+            weights = self.after(logits.permute(0, 3, 1, 2).softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    def policies(**options: Any) -> dict[str, str]:
+        census = converted(TalkingHeads(), torch.randn(2, 5, 6), **options).census
+        return {e.name.split(".")[0]: str(e.policy) for e in census if e.name.endswith(".weight")}
+
+    assert policies() == {"qkv": "shared", "before": "per_task", "after": "per_task", "proj": "head"}
+    assert policies(policies={"before": "shared"})["before"] == "shared"
+
+
+def test_a_class_token_is_coupled_with_the_patches_at_a_normalisation() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rest = nn.Linear(4, 6), nn.Linear(4, 6)
+            self.norm, self.mlp = nn.LayerNorm(6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.norm(torch.cat((self.first(x[:, :1]), self.rest(x[:, 1:])), 1))).relu()
+
+    found, space = reads(Tokens(), torch.randn(2, 3, 4))
+    classes = space.classes()
+    first, rest = (classes.of(torch.tensor(leaves(space, name))).tolist() for name in ("first", "rest"))
+    assert first == rest == classes.of(found["mlp"][0]).tolist()
 
 
 def test_zero_channels_are_read_as_zero() -> None:
@@ -364,6 +409,23 @@ def test_an_operation_that_does_not_keep_zero_is_masked_again() -> None:
 
     found, space = reads(Bounded(), torch.randn(2, 3))
     assert found["b"][0].tolist() == leaves(space, "a")
+
+
+def test_a_condition_gets_no_mask() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x.masked_fill(x < 0, 0.0) / x)
+
+    model = hatify.hatify(Filled(), 2, (torch.randn(2, 4),))
+    condition = next(node for node in model.graph.nodes if node.name == "lt")
+    assert [user.target for user in condition.users] == ["masked_fill"]
+    model.begin_task(0)
+    model(torch.randn(2, 4)).sum().backward()
 
 
 def test_without_coupling_a_sum_is_read_as_a_set() -> None:

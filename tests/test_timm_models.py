@@ -48,6 +48,31 @@ CASES = [
         options={"img_size": 64, "window_size": 4, "depths": (2, 1), "num_heads": (2, 4), "embed_dim": 32},
         about="shifted windows, relative position tables, patch merging",
     ),
+    Case(
+        "swinv2_cr_tiny_ns_224",
+        options={"img_size": 64, "window_size": 4, "depths": (2, 1), "num_heads": (2, 4), "embed_dim": 32},
+        about="positions through a network of their own, cosine attention",
+    ),
+    Case("volo_d1_224", options={"img_size": 64}, about="outlook attention: unfold and fold"),
+    Case("tresnet_m", edge=64, options={"layers": (1, 1, 1, 1)}, about="blurred pooling, space to depth"),
+    Case("resnest14d", edge=64, options={"layers": (1, 1, 1, 1)}, about="split attention"),
+    Case("levit_128s", edge=224, about="convolutional attention with learned biases, BatchNorm1d over tokens"),
+    Case("deit_tiny_distilled_patch16_224", options={"depth": 2, "img_size": 64}, about="two class tokens, two heads"),
+    Case(
+        "beit_base_patch16_224",
+        options={"depth": 2, "img_size": 64, "embed_dim": 96, "num_heads": 3},
+        about="gathered relative positions",
+    ),
+    Case("mixer_s32_224", options={"img_size": 64}, about="layers over positions"),
+    Case(
+        "xcit_nano_12_p16_224",
+        options={"depth": 2, "img_size": 64},
+        about="attention between channels, class attention",
+    ),
+    Case("tnt_s_patch16_224", options={"depth": 2, "img_size": 64}, about="transformers in transformers"),
+    Case("mobilevit_xxs", edge=64, about="unfolded patches between convolutions"),
+    Case("densenet121", edge=64, options={"block_config": (2, 2, 2, 2)}, about="dense concatenations"),
+    Case("lowformer_b0", edge=64, about="a timm Linear in front of the head"),
 ]
 
 

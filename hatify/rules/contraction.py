@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from hatify.labels import ON, varying_dims
+from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.rules.reduction import read_along
 from hatify.rules.registry import Call, Labels, rule
 
@@ -16,7 +16,9 @@ from hatify.rules.registry import Call, Labels, rule
 @rule(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
 def matmul(call: Call) -> Labels:
     """(… M K) @ (… K N): a column is non-zero only where the second operand's column is, a row only where the
-    first's row is. Features contracted with each other (queries and keys) are coupled."""
+    first's row is. Features contracted with each other (queries and keys) are coupled.
+
+    Of the two bounds, the one that tells more features apart is kept."""
     second = "other" if call.given(1, "mat2") is None else "mat2"
     a, b = call.label(0), call.label(1, second)
     if a.ndim < 2 or b.ndim < 2:
@@ -34,8 +36,30 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
         call.space.meet(queries, keys)
     shape = call.out.shape
     rows = torch.tensor(ON) if contracted_a else a[..., :1]
-    columns = torch.tensor(ON) if contracted_b else b[..., :1, :]
-    return torch.where(columns == ON, rows, columns).expand(shape)
+    columns = _agreed(b) if contracted_b else b[..., :1, :]
+    kept, other = (rows, columns) if _width(rows) > _width(columns) else (columns, rows)
+    call.findings.weighing.append(torch.where(is_leaf(kept), other, ON))
+    return torch.where(kept == ON, other, kept).expand(shape)
+
+
+def _width(labels: Tensor) -> int:
+    """How many different features there are."""
+    return int(is_leaf(compact(labels).unique()).sum())
+
+
+def _agreed(b: Tensor) -> Tensor:
+    """The label that every row of a column has, but for those that are ZERO; ON where they differ."""
+    highest = b.amax(-2, keepdim=True)
+    lowest = b.masked_fill(b == ZERO, torch.iinfo(b.dtype).max).amin(-2, keepdim=True)
+    return torch.where((highest == lowest) | (b == ZERO).all(-2, keepdim=True), highest, ON)
+
+
+@rule(F.fold, nn.Fold)
+def fold(call: Call) -> Labels:
+    """Overlapping patches of a channel are summed: (B, C · k², L) to (B, C, H, W)."""
+    labels: Tensor = call.label(0)
+    patches = labels.reshape(*call.out.shape[:-2], -1, labels.shape[-1])
+    return call.space.merge(patches, (-2, -1)).expand(call.out.shape)
 
 
 @rule(F.scaled_dot_product_attention)
@@ -103,12 +127,12 @@ def functional_layer(call: Call) -> Labels:
     direct = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
     source = str(weight_node.target) if direct else None
     groups = call.argument(6, "groups", 1) if "conv" in str(call.node.target) else 1
+    weight = call.argument(1, "weight")
+    dim = -1 if weight.ndim == 2 else 1 - weight.ndim
     if source is None or groups != 1:
         _mark_opaque(call, weight_node)
         _mark_opaque(call, bias_node)
-        return call.all_on()
-    weight = call.argument(1, "weight")
-    dim = -1 if weight.ndim == 2 else 1 - weight.ndim
+        return _depthwise(call, groups, dim) if bias_node is None else call.all_on()
     call.findings.reads.setdefault(source, []).append(read_along(call, call.label(0), dim))
     if source in call.output_weights:
         return call.all_on()
@@ -117,6 +141,15 @@ def functional_layer(call: Call) -> Labels:
         call.space.meet(written, call.labels_of(bias_node))
     shape = (1,) * (call.out.ndim + dim) + (-1,) + (1,) * (-1 - dim)
     return call.mask(written.view(shape).expand(call.out.shape))
+
+
+def _depthwise(call: Call, groups: int, dim: int) -> Labels:
+    """A filter of its own for each channel: zero where the channel is."""
+    labels: Tensor = call.label(0)
+    if not 1 < groups == labels.shape[dim]:
+        return call.all_on()
+    merged = call.space.merge(labels, range(dim + 1, 0))
+    return merged.repeat_interleave(call.out.shape[dim] // groups, dim).expand(call.out.shape)
 
 
 def _mark_opaque(call: Call, node: object) -> None:

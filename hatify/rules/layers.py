@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hatify.labels import varying_dims
 from hatify.nn.layers import family_of
+from hatify.nn.norms import FEATURE_DIMS
 from hatify.policy import Policy
 from hatify.rules.reduction import read_along
 from hatify.rules.registry import Call, Labels
@@ -27,7 +28,19 @@ def module_labels(call: Call, policy: Policy) -> Labels:
         return weighted(call, policy)
     if policy is Policy.HEAD or isinstance(call.module, MIXERS) or family_of(call.module) is not None:
         return call.all_on()
-    return like_input(call)
+    return normalised(call) if policy is Policy.NORM else like_input(call)
+
+
+def normalised(call: Call) -> Labels:
+    """The mask is applied inside. What meets in one feature from several positions, such as a class token and patches,
+    is coupled, since a normalisation has one mask for all positions."""
+    labels = call.label(0, next(iter(call.node.kwargs), "input"))
+    if not isinstance(labels, Tensor) or len(varying_dims(labels)) < 2:
+        return like_input(call)
+    assert call.module is not None
+    kept = FEATURE_DIMS[type(call.module)](call.module, labels.ndim)
+    merged = call.space.merge(labels, [d for d in range(labels.ndim) if d not in kept])
+    return call.mask(merged.expand(labels.shape))
 
 
 def weighted(call: Call, policy: Policy) -> Labels:
@@ -55,10 +68,7 @@ def weighted(call: Call, policy: Policy) -> Labels:
 
 
 def like_input(call: Call) -> Labels:
-    """An operation without a rule whose output has the features of its input where they were: mask them again.
-
-    This also serves normalisations: their masks are applied inside.
-    """
+    """An operation without a rule whose output has the features of its input where they were: mask them again."""
     labels = call.label(0, next(iter(call.node.kwargs), "input"))
     if not isinstance(call.out, Tensor) or not isinstance(labels, Tensor) or labels.ndim != call.out.ndim:
         return call.all_on()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hatify.labels import is_leaf, varying_dims
+from hatify.labels import ON, compact, is_leaf, varying_dims
 from hatify.rules.registry import Call, Labels, rule
 
 
@@ -77,6 +77,8 @@ def mixing(call: Call) -> Labels:
     if not isinstance(dim, int) or labels.shape != call.out.shape:
         return call.all_on()
     if any(d <= dim % labels.ndim for d in varying_dims(labels)):
+        if dim % labels.ndim not in varying_dims(labels):
+            call.findings.weighing.append(labels)
         return call.all_on()
     return call.mask(labels)
 
@@ -91,19 +93,31 @@ def _name(call: Call) -> str:
     return str(getattr(call.node.target, "__name__", call.node.target))
 
 
+#: Features that a layer reads in one place, for each place, from which on it is taken to mix positions. Coupling makes
+#: one mask of them; reading them as ON only locks the few weights of that layer more often.
+MANY = 4
+
+
 def read_along(call: Call, labels: Tensor, dim: int) -> Tensor:
     """What a layer that contracts `dim` reads: one label per input feature, shape (I,).
 
-    Different features at different positions of one input feature are coupled. Where the labels do not vary along
-    `dim` but do elsewhere, the layer mixes positions, and each position is ON.
+    Different features at different positions of one input feature are coupled. Where that would leave few of many
+    apart, because the labels vary more elsewhere than along `dim`, the layer mixes positions, and each position is ON.
     """
     dim %= labels.ndim
-    varying = set(varying_dims(labels))
-    if varying - {d for d in range(labels.ndim) if d == dim} and dim not in varying and _has_leaf(labels):
-        return torch.ones(labels.shape[dim], dtype=torch.int64)
+    if set(varying_dims(labels)) - {dim} and is_leaf(compact(labels)).any() and _lie_across(compact(labels), dim):
+        return torch.tensor(ON).expand(labels.shape[dim])
     merged = call.space.merge(labels, [d for d in range(labels.ndim) if d != dim])
     return merged[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))]
 
 
-def _has_leaf(labels: Tensor) -> bool:
-    return bool(is_leaf(labels).any())
+def _lie_across(labels: Tensor, dim: int) -> bool:
+    """Whether labels vary elsewhere, and not along `dim` or many times less."""
+    lines = labels.movedim(dim, -1).reshape(-1, labels.shape[dim])
+    along = _most_different(lines)
+    return along == 1 or _most_different(lines.T) > MANY * along
+
+
+def _most_different(rows: Tensor) -> int:
+    """The highest number of different values in a row."""
+    return int((rows.sort(1).values.diff(dim=1) != 0).sum(1).max()) + 1

@@ -48,6 +48,8 @@ class Findings:
     #: Nodes whose output gets a mask, with the labels (features,), the feature dimension, and how many dimensions
     #: the output has.
     masks: dict[fx.Node, tuple[Tensor, int, int]] = field(default_factory=dict)
+    #: Labels of features that end in the weights with which others are summed, such as attention's heads.
+    weighing: list[Tensor] = field(default_factory=list)
     #: Buffers that the forward pass writes to.
     moving: set[str] = field(default_factory=set)
     #: Nodes whose output meets a function that is infinite, or infinitely steep, at zero.
@@ -99,7 +101,7 @@ class Call:
         always zero is ON afterwards, unless the operation maps zero to zero there.
         """
         out = self.out
-        if labels.shape != out.shape or self.never_masked:
+        if labels.shape != out.shape or self.never_masked or not (out.is_floating_point() or out.is_complex()):
             return self.all_on()
         if not zero_stays:
             labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
