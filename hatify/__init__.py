@@ -13,11 +13,11 @@ from hatify.errors import (
 )
 from hatify.forget import forget_task
 from hatify.model import HatModel
-from hatify.plain import load_plain_state_dict
 from hatify.policy import Policy
 from hatify.saving import load, save
 from hatify.schedule import MaskScale
 from hatify.verify import verify_isolation
+from hatify.weights import load_plain_state_dict
 
 __all__ = [
     "CapacityWarning",

@@ -16,8 +16,8 @@ from hatify.lock import locked_entries, named_tensors, owned_by_tasks
 from hatify.model import HatModel
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import initial_embedding
-from hatify.plain import OriginalWeights
 from hatify.rewrite import STATE
+from hatify.weights import OriginalWeights
 
 RESETS = ("random", "original", "zero")
 
@@ -136,11 +136,14 @@ class _Values:
         state = self.model.task_state
         if name == self.embedding:
             return initial_embedding(state.num_slots, state.mask_init, tensor.device, tensor.dtype)
-        if self.original is not None and self.original.get(name, tensor).shape == tensor.shape:
-            if name in self.original:
-                return self.original[name]
+        if self.original is not None:
+            value = self.original.get(name)
+            if value is not None and value.shape == tensor.shape:
+                return value
+            # Heads that were made afresh have no original.
             if name in self.model.uses:
-                raise CheckpointError(f"{name}: not among the original's weights")
+                found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+                raise CheckpointError(f"{name}: {found} in the original's weights, expected {tuple(tensor.shape)}")
         if self.reset == "zero" and name in self.model.uses:
             return torch.zeros_like(tensor)
         if name in self.model.uses and name not in self.initialised:

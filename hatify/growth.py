@@ -55,8 +55,9 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
     _grow_state(model, n)
     trainable |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
     model.__dict__["_origin"] = replace(model._origin, added=(*model._origin.added, (n, classes)))
-    if isinstance(getattr(model, "num_classes", None), tuple) and classes is not None:
-        model.num_classes = (*model.num_classes, *classes)
+    of_each_task = model.__dict__.get("num_classes")
+    if isinstance(of_each_task, tuple) and classes is not None:
+        model.__dict__["num_classes"] = (*of_each_task, *classes)
     model._set_task(model.task_state.task)
     model._settle()
 

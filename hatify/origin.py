@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib
@@ -101,8 +102,6 @@ def known_to_timm(name: str) -> str:
         CheckpointError: it is not; names those that come near. (Names of hubs or folders are none: they would be
             fetched.)
     """
-    import difflib
-
     import timm
 
     if timm.is_model(name) and ":" not in name and "/" not in name:
@@ -191,12 +190,13 @@ def _candidates(net: Any) -> Iterator[Architecture]:
         name = f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
         read_off: dict[str, Any] = {"num_classes": getattr(net, "num_classes", None)}
         first = next((m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-        if first is not None and first.in_channels != config["input_size"][0]:
+        if first is not None and first.in_channels != (config.get("input_size") or (3,))[0]:
             read_off["in_chans"] = first.in_channels
         for given in (getattr(net, "_model_args", None), read_off):
             arguments = {key: value for key, value in (given or {}).items() if key not in _NOT_ARCHITECTURE}
             if given is not None and jsonable(arguments):
-                yield Architecture("timm", name, arguments)
+                # As they will be read again: with lists for tuples.
+                yield Architecture("timm", name, json.loads(json.dumps(arguments)))
     kind = type(net)
     if kind.__module__ not in ("__main__", "builtins") and "<" not in kind.__qualname__:
         parameters = inspect.signature(kind).parameters.values()

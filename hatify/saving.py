@@ -36,8 +36,8 @@ from hatify.errors import CheckpointError, HatError
 from hatify.lock import named_tensors
 from hatify.model import HatModel
 from hatify.origin import Architecture, Origin, jsonable
-from hatify.plain import check_keys
 from hatify.rewrite import STATE
+from hatify.weights import check_keys
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "hatify.json"
 #: What does not count yet is in a folder of this name.
@@ -65,6 +65,8 @@ def save(model: HatModel, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: `path` is something else, cannot be written, or something in the model cannot be saved.
     """
+    if not isinstance(model, HatModel):
+        raise CheckpointError(f"expected a converted model itself, not {type(model).__name__} (which may hold one)")
     folder = Path(path).absolute()
     model.__dict__["_origin"] = model._origin.resolved()
     stamp = uuid.uuid4().hex
@@ -366,8 +368,8 @@ def _converted_again(description: dict[str, Any], inputs: Tensor, net: nn.Module
     """The model as it was after conversion, but for its weights."""
     architecture = Architecture(**description["architecture"])
     given = net is not None
-    net = architecture.build() if net is None else net
     with torch.random.fork_rng(devices=[]):
+        net = architecture.build() if net is None else net
         device = next((t.device for t in net.parameters()), torch.device("cpu"))
         example = tree_map_only(Tensor, lambda t: t.to(device), _unpacked(inputs))
         model = hatify(net, example_inputs=example, **description["conversion"])

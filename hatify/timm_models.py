@@ -16,8 +16,7 @@ or one for each task. ``timm.create_model`` drops arguments that are None, so ``
 Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of
 every task. With another number of classes than the weights have, the heads start afresh, as in timm. The converted
 model keeps timm's attributes (``pretrained_cfg``, ``num_features``, …; ``num_classes`` is a tuple where tasks differ in
-it) and ``get_classifier()``, and takes state dictionaries of the original (`OriginalWeights` in `hatify.plain`), which
-is how ``checkpoint_path`` works.
+it) and ``get_classifier()``, and takes state dictionaries of the original, which is how ``checkpoint_path`` works.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from timm.models import (
 from hatify.convert import hatify
 from hatify.model import HatModel
 from hatify.nn.per_task import PerTask
-from hatify.plain import OriginalWeights
 from hatify.rewrite import STATE
+from hatify.weights import OriginalWeights
 
 PREFIX = "hat_"
 

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hatify.errors import IsolationError, TaskError
 from hatify.lock import locked_entries, named_tensors, owned_by_tasks
 from hatify.model import HatModel
+from hatify.policy import Policy
+from hatify.support import buffers_restored
 
 
 def verify_isolation(
-    model: HatModel, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None, seed: int = 0
+    model: HatModel, example_inputs: tuple[Any, ...] | dict[str, Any] | Tensor | None = None, seed: int = 0
 ) -> None:
     """Replace every entry that a finished task does not lock by noise, and compare that task's outputs bit for bit.
 
@@ -34,6 +36,7 @@ def verify_isolation(
     if not model.finished_tasks:
         raise TaskError("no task is finished: there is nothing to verify yet")
     inputs = model.example_inputs if example_inputs is None else example_inputs
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     for task in model.finished_tasks:
         unlocked = unlocked_entries(model, task)
         expected = answers(model, task, inputs)
@@ -52,13 +55,14 @@ def verify_isolation(
 def unlocked_entries(model: HatModel, task: int) -> dict[str, Tensor]:
     """The entries of every parameter and buffer that `task` does not lock: {name: bool, of the tensor's shape}."""
     own = {id(t) for t in owned_by_tasks(model, [task])}
+    unread = {e.name for e in model.census if e.policy is Policy.UNUSED}
     foreign = {id(t) for t in owned_by_tasks(model, [t for t in range(model.num_tasks) if t != task])}
     unlocked = {}
     for name, tensor in named_tensors(model):
         if name in model.uses:
             masks = model.task_state.binary(task).unsqueeze(0)
             entries = ~locked_entries(model.uses[name], masks, tensor.shape)
-        elif id(tensor) in foreign and id(tensor) not in own and tensor.is_floating_point():
+        elif (name in unread or id(tensor) in foreign - own) and tensor.is_floating_point():
             entries = torch.ones_like(tensor, dtype=torch.bool)
         else:
             continue
@@ -88,14 +92,18 @@ def perturbed(model: HatModel, entries: dict[str, Tensor], seed: int) -> Iterato
 
 
 def answers(model: HatModel, task: int, inputs: tuple[Any, ...] | dict[str, Any]) -> list[Any]:
-    """The outputs of a task in evaluation mode, as a flat list; mode and task are restored."""
+    """The outputs of a task in evaluation mode, as a flat list, with the same random numbers each time.
+
+    Modes, buffers, random numbers and the task that is set are restored.
+    """
     modes = {module: module.training for module in model.modules()}
     device = model.task_state.scale.device
     inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
     call: Callable[[], Any] = lambda: model(**inputs) if isinstance(inputs, dict) else model(*inputs)  # noqa: E731
     model.eval()
     try:
-        with torch.no_grad(), model.task(task):
+        with torch.no_grad(), buffers_restored(model), torch.random.fork_rng(), model.task(task):
+            torch.manual_seed(0)
             return tree_leaves(call())
     finally:
         model.train(modes[model])

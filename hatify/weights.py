@@ -55,7 +55,7 @@ def load_plain_state_dict(model: HatModel, state_dict: Mapping[str, Tensor]) -> 
             if key in given and key not in fits and not key.startswith(fresh)
         ],
     )
-    model.load_state_dict({key: given[key] for key in own if key in fits}, strict=False)
+    model.load_state_dict({**model.state_dict(), **{key: given[key] for key in fits}})
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> None:
