@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from hatify import ConversionError, hatify, verify_isolation
+from hatify import ConversionError, forget_task, hatify, load, save, verify_isolation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no feature is left|every feature off):hatify.HatWarning")
 
@@ -210,3 +210,18 @@ def test_an_input_with_the_name_of_a_layer_is_refused():
     with pytest.raises(ConversionError, match="the input 'x' has the name of a layer"):
         hatify(Named(), 2, torch.rand(2, 4), mask_inputs=True)
     assert set(hatify(Named(), 2, torch.rand(2, 4)).masks(0)) == {"x"}
+
+
+def test_input_masks_survive_saving_and_are_forgotten(tmp_path):
+    inputs = (torch.rand(4, 6),)
+    model = hatify(mlp(), 2, inputs, mask_inputs=True)
+    learn(model, inputs, 0, on=0)
+    learn(model, inputs, 1, on=1)
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model", mlp())
+    for task in (0, 1):
+        assert torch.equal(again.masks(task)["input"], model.masks(task)["input"])
+        assert torch.equal(answer(again, inputs, task), answer(model, inputs, task))
+    forget_task(again, 0)
+    assert again.masks(0)["input"].all()
+    assert torch.equal(answer(again, inputs, 1), answer(model, inputs, 1))
