@@ -225,7 +225,7 @@ def plot(report: dict[str, Any], names: Sequence[str], path: Path) -> None:
     right.set(title="accuracy in % at the end, task known, and over all ten classes", ylim=(0, 100))
     labels = [*names, "mean", "concatenated"]
     right.set_xticks([x + 1.5 * width for x in range(len(labels))], labels, rotation=20)
-    right.legend(loc="lower left")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=120)
 
 
