@@ -1,5 +1,6 @@
 # make demo   five tasks of two digits each, learned one after the other by a timm network
-# make test   lint, types and tests
+# make test   lint, types, tests and notebooks
+# make docs   the documentation site, into build/site; a warning is an error
 # make lint   ruff and mypy alone
 #
 # Each builds its own virtual environment first, in $(VENV), and again only when pyproject.toml has changed.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 python := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed-demo
 	$(python) benchmarks/digits_demo.py --output digits_demo.png
@@ -17,11 +18,16 @@ demo: $(VENV)/.installed-demo
 # One thread per worker: two workers with a thread pool each would fight over the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
 lint: $(VENV)/.installed-test
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy hatify
+
+# The theme announces its successor; that is no fault of these pages.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis digits_demo.png

@@ -44,16 +44,20 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The network of depth 6n + 2 with n blocks a stage: images (N, 3, H, W) → logits (N, num_classes)."""
+    """The network of depth 6n + 2 with n blocks a stage: images (N, 3, H, W) → logits (N, num_classes).
 
-    def __init__(self, blocks: int, num_classes: int = 10) -> None:
+    Its stages have `width`, 2 `width` and 4 `width` features, and its first convolution a `stride`; 16 and 1 in the
+    paper.
+    """
+
+    def __init__(self, blocks: int, num_classes: int = 10, width: int = 16, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
-        self.linear = nn.Linear(64, num_classes)
+        self.conv1 = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
+        self.linear = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)

@@ -2,7 +2,15 @@
 
 from hatify.census import Census, Entry
 from hatify.convert import hatify
-from hatify.errors import CheckpointError, ConversionError, HatError, HatWarning, IsolationError, TaskError
+from hatify.errors import (
+    CapacityWarning,
+    CheckpointError,
+    ConversionError,
+    HatError,
+    HatWarning,
+    IsolationError,
+    TaskError,
+)
 from hatify.extract import extract_task
 from hatify.forget import forget_task
 from hatify.model import HatModel
@@ -13,6 +21,7 @@ from hatify.verify import verify_isolation
 from hatify.weights import load_plain_state_dict
 
 __all__ = [
+    "CapacityWarning",
     "Census",
     "CheckpointError",
     "ConversionError",

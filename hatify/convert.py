@@ -36,6 +36,7 @@ def hatify(
     s_max: float = S_MAX,
     policies: Mapping[str, str] | None = None,
     clamp: float | None = None,
+    mask_inputs: bool = False,
 ) -> HatModel:
     """Convert a network into one that learns task after task without forgetting.
 
@@ -56,6 +57,10 @@ def hatify(
         policies: {module name: ``"shared"``, ``"row"``, ``"unmasked"``, ``"per_task"`` or ``"head"``} overrides what
             is planned; a module named ``"per_task"`` is not traced into.
         clamp: reproduce the published clamp of |s·e| in Equation 3 (50 there); None for the exact form.
+        mask_inputs: give every floating-point input of two or more dimensions a mask of its own, so that a task also
+            chooses the input features it reads: those along the dimension that the first weighted layer contracts,
+            else dimension 1 of an (N, C, H, W, …) and the last dimension of an (N, F) or (N, tokens, F) input.
+            `HatModel.masks` names it after the argument of ``net.forward``; Equation 5 counts it as a layer.
 
     Returns:
         A `HatModel`. With every mask on, it computes what `net` computes.
@@ -74,12 +79,12 @@ def hatify(
     with refusals_named(net, inputs):
         traced = trace(net, arguments, frozenset(policies))
         classification = classify(net, traced.graphs, heads, policies)
-        space, findings = analyse(net, traced.graphs, inputs, classification, couple)
+        space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
         if weighing := only_weighing(space, findings, classification):
             classification = classification.per_task(
                 weighing, "its features only weigh others, as attention's heads do"
             )
-            space, findings = analyse(net, traced.graphs, inputs, classification, couple)
+            space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
     plan = make_plan(net, traced.graphs, classification, space, findings)
     if classes is not None and Policy.HEAD not in plan.modules.values():
         raise ConversionError(

@@ -23,3 +23,7 @@ class CheckpointError(HatError, ValueError):
 
 class HatWarning(UserWarning):
     """Something a user should know about that does not stop the work."""
+
+
+class CapacityWarning(HatWarning):
+    """A layer has no feature left that is free of finished tasks: a new task can reuse them, but not change them."""

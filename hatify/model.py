@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.census import Census
-from hatify.errors import HatError, HatWarning, TaskError
+from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError
 from hatify.gate import gate
 from hatify.growth import grow
 from hatify.lock import Guard, named_tensors
@@ -206,7 +206,7 @@ class HatModel(fx.GraphModule):
         """Open a task for training, and lock what the finished tasks own.
 
         Switches to training mode and sets the mask scale to ``s_max``. A finished task is reopened: it may change, the
-        others may not.
+        others may not. Warns with `CapacityWarning`, naming the layers in which finished tasks use every feature.
 
         Args:
             task: 0 … num_tasks − 1.
@@ -217,6 +217,7 @@ class HatModel(fx.GraphModule):
         self._check_task(task)
         if self.active_task is not None:
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
+        self._warn_of_full_layers(task)
         self.task_state.task_before = self.task_state.task
         self._drop_guard()
         self.task_state.learning = task
@@ -237,9 +238,8 @@ class HatModel(fx.GraphModule):
     def end_task(self) -> None:
         """Close the open task: its masks become binary and fixed. Switches to evaluation mode.
 
-        Warns with `HatWarning` if a layer's mask is off altogether (its strongest feature is kept on), if a layer has
-        no free features left, and if weights that finished tasks own were changed behind the guard's back (they are
-        put back).
+        Warns with `HatWarning` if a layer's mask is off altogether (its strongest feature is kept on), and if weights
+        that finished tasks own were changed behind the guard's back (they are put back).
 
         Raises:
             TaskError: no task is open.
@@ -261,7 +261,7 @@ class HatModel(fx.GraphModule):
                 raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
         state = self.task_state
         mask = state.binary(task)
-        self._warn_of_capacity(mask)
+        self._warn_of_empty_layers(task, mask)
         state.finish(task, mask)
         self._close_guard()
 
@@ -397,22 +397,20 @@ class HatModel(fx.GraphModule):
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(learns and names[id(parameter)] in trainable)
 
-    def _warn_of_capacity(self, mask: Tensor) -> None:
-        state = self.task_state
-        task = self.active_task
-        assert task is not None
-        forced = mask & (state.embeddings[task] <= 0)
-        taken = mask | state.used(besides=task)
-        more_to_come = len({*self.finished_tasks, task}) < self.num_tasks
-        off = [name for name, (start, stop) in state.groups.items() if forced[start:stop].any()]
-        full = [name for name, (start, stop) in state.groups.items() if more_to_come and taken[start:stop].all()]
-        if off:
-            message = f"{_listed(off)}: task {task} has every feature off; its strongest one is kept on"
-            warnings.warn(message, HatWarning, stacklevel=3)
+    def _warn_of_full_layers(self, task: int) -> None:
+        used = self.task_state.used(besides=task)
+        full = [name for name, (start, stop) in self.task_state.groups.items() if used[start:stop].all()]
         if full:
             message = (
-                f"{_listed(full)}: no feature is left that is free of finished tasks; later tasks can only reuse them"
+                f"{_listed(full)}: no feature is left that is free of finished tasks; task {task} can only reuse them"
             )
+            warnings.warn(message, CapacityWarning, stacklevel=3)
+
+    def _warn_of_empty_layers(self, task: int, mask: Tensor) -> None:
+        forced = mask & (self.task_state.embeddings[task] <= 0)
+        off = [name for name, (start, stop) in self.task_state.groups.items() if forced[start:stop].any()]
+        if off:
+            message = f"{_listed(off)}: task {task} has every feature off; its strongest one is kept on"
             warnings.warn(message, HatWarning, stacklevel=3)
 
 

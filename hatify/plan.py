@@ -98,11 +98,11 @@ class _Planner:
     def plan_nodes(self) -> None:
         """Name the masks that the analysis asked for."""
         for node, (labels, dim, ndim) in self.findings.masks.items():
-            owner = str(node.target) if node.op == "call_module" else node.name
+            owner = str(node.target) if node.op in ("call_module", "placeholder") else node.name
             mask = self.slots.name(owner, self.slots.of(labels))
             if mask is not None:
                 self.plan.nodes[node] = MaskedNode(mask, dim, ndim, node in self.findings.steep)
-                if self.plan.modules.get(owner) in _SHARED:
+                if node.op == "placeholder" or self.plan.modules.get(owner) in _SHARED:
                     self.plan.owners[owner] = mask
 
     def plan_layers(self) -> None:

@@ -81,7 +81,8 @@ def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, fold: dict[str, b
         if planned is None or _deferred(node, planned, net, plan):
             continue
         if planned.mask not in handles:
-            with graph.inserting_before(node):
+            # Inputs come before anything that is computed.
+            with graph.inserting_after(masks) if node.op == "placeholder" else graph.inserting_before(node):
                 name = f"{planned.mask.replace('.', '_')}_mask"
                 handles[planned.mask] = graph.create_node(
                     "call_function", operator.getitem, (masks, planned.mask), name=name
@@ -150,7 +151,7 @@ def _apply(
                 return
     dim = None if planned.dim is None else planned.dim - planned.ndim
     graph = node.graph
-    with graph.inserting_after(node):
+    with graph.inserting_after(mask if node.op == "placeholder" else node):
         product = graph.call_function(masked_off if planned.steep else masked, (node, mask, dim))
     node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
 

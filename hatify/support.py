@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.classify import CHOSEN, Classification, is_altered
+from hatify.errors import ConversionError
 from hatify.labels import ON, LabelSpace, compact
+from hatify.nn.layers import family_of
 from hatify.policy import Policy
 from hatify.rules import RULES
 from hatify.rules.layers import like_input, module_labels
@@ -28,6 +30,7 @@ class SupportInterpreter(fx.Interpreter):
         classification: the policy of each module with parameters or buffers.
         space: where leaves and couplings are recorded.
         findings: where reads and masks are recorded.
+        mask_inputs: mask the features of floating-point inputs.
 
     Example:
         >>> space, findings = LabelSpace(couple=True), Findings()
@@ -46,8 +49,10 @@ class SupportInterpreter(fx.Interpreter):
         classification: Classification,
         space: LabelSpace,
         findings: Findings,
+        mask_inputs: bool = False,
     ) -> None:
         super().__init__(net, graph=graph)
+        self.mask_inputs = mask_inputs
         self.modules = classification.modules
         self.output_weights = classification.output_weights
         self.never_masked, steep = endangered(net, graph, self.modules)
@@ -69,7 +74,7 @@ class SupportInterpreter(fx.Interpreter):
 
     def _labels(self, node: fx.Node, out: Any) -> Labels:
         if node.op == "placeholder":
-            return constant_labels(out, 1)
+            return self._input_labels(node, out) if self.mask_inputs else constant_labels(out, ON)
         if node.op == "get_attr":
             raw = isinstance(out, nn.Parameter) and out.is_floating_point()
             return self.space.raw_leaves(str(node.target), out.shape) if raw else constant_labels(out, 1)
@@ -99,6 +104,29 @@ class SupportInterpreter(fx.Interpreter):
             return rule(call)
         moved = found_to_move(call)
         return like_input(call) if moved is None else moved
+
+    def _input_labels(self, node: fx.Node, value: Any) -> Labels:
+        """Leaves for the features of an input, with a mask; ON for what is no batch of real features."""
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+            return constant_labels(value, ON)
+        name = str(node.target)
+        if name in self.modules or any(name == parameter for parameter, _ in self.module.named_parameters()):
+            raise ConversionError(
+                f"the input {name!r} has the name of a layer, so their masks would be confused; rename one"
+            )
+        dim = self._feature_dim(node, value) % value.ndim
+        leaves = self.space.feature_leaves(name, value.shape[dim])
+        self.findings.masks[node] = (leaves, dim, value.ndim)
+        return leaves.view([-1 if d == dim else 1 for d in range(value.ndim)]).expand(value.shape)
+
+    def _feature_dim(self, node: fx.Node, value: Tensor) -> int:
+        """The dimension of an input that the first weighted layer to read it contracts, else the usual one."""
+        for user in node.users:
+            family = family_of(self.fetch_attr(str(user.target))) if user.op == "call_module" else None
+            if family is not None:
+                dim, _ = family.dims(self.fetch_attr(str(user.target)))
+                return -1 if dim is None else dim
+        return 1 if value.ndim > 3 else -1
 
     def _labels_of(self, argument: Any) -> Labels:
         """Labels of a graph's argument: a node, a number, or a container of these."""
@@ -137,6 +165,7 @@ def analyse(
     example_inputs: tuple[Any, ...] | dict[str, Any],
     classification: Classification,
     couple: bool,
+    mask_inputs: bool = False,
 ) -> tuple[LabelSpace, Findings]:
     """Run every graph of `net` in evaluation mode and collect what the analysis finds; `net` is not changed."""
     space, findings = LabelSpace(couple), Findings()
@@ -145,7 +174,8 @@ def analyse(
     try:
         with buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for graph in graphs:
-                SupportInterpreter(net, graph, classification, space, findings).run(*positional(graph, example_inputs))
+                interpreter = SupportInterpreter(net, graph, classification, space, findings, mask_inputs)
+                interpreter.run(*positional(graph, example_inputs))
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -10,8 +10,9 @@ asked for::
     timm.data.resolve_model_data_config(model)
 
 The arguments of `hatify.hatify` (``num_tasks``, which is required, ``example_inputs``, ``heads``, ``mask_init``,
-``couple``, ``s_max``, ``policies``, ``clamp``) go to the conversion, all others to timm; ``num_classes`` is one number
-or one for each task. ``timm.create_model`` drops arguments that are None, so ``heads=[]`` asks for no heads.
+``couple``, ``s_max``, ``policies``, ``clamp``, ``mask_inputs``) go to the conversion, all others to timm;
+``num_classes`` is one number or one for each task. ``timm.create_model`` drops arguments that are None, so
+``heads=[]`` asks for no heads.
 
 Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of
 every task. With another number of classes than the weights have, the heads start afresh, as in timm. The converted

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn, optim
 
-from hatify import HatError, HatModel, HatWarning, MaskScale, TaskError, hatify, verify_isolation
+from hatify import CapacityWarning, HatError, HatModel, HatWarning, MaskScale, TaskError, hatify, verify_isolation
 
 # Capacity runs out in many of these small networks; the tests of the warnings ask for them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no feature is left|every feature off):hatify.HatWarning")
@@ -463,32 +463,40 @@ def test_a_layer_that_is_off_keeps_its_strongest_feature_with_a_warning(model):
 def test_a_layer_without_free_features_is_warned_of(model):
     model.begin_task(0)
     embed(model, 0, [[1.0] * 6, [1.0] * 7 + [-1.0]])
-    with pytest.warns(HatWarning) as record:
-        model.end_task()
+    model.end_task()
+    with pytest.warns(CapacityWarning) as record:
+        model.begin_task(1)
     (message,) = messages(record)
-    assert message.startswith("0: no feature is left that is free")
+    assert message == "0: no feature is left that is free of finished tasks; task 1 can only reuse them"
 
 
-def test_capacity_counts_every_finished_task(model, x, recwarn):
+def test_capacity_counts_every_finished_task_but_the_one_that_is_reopened(model, x, recwarn):
     learn(model, 0, x, FIRST_HALF)
+    learn(model, 1, x, SECOND_HALF)
     assert not recwarn
     model.begin_task(1)
-    embed(model, 1, SECOND_HALF)
-    model.end_task()
+    model.abort_task()
+    assert not recwarn
+    model.begin_task(2)
     assert [m.split(":")[0] for m in messages(recwarn)] == ["0, 5"]
 
 
-def test_the_last_task_may_take_what_is_left(net, x, recwarn):
-    model = hatify(net, 1, (x,))
-    model.begin_task(0)
-    model.end_task()
-    assert not recwarn
+def test_without_capacity_a_task_learns_and_nothing_earlier_changes(model, x):
+    learn(model, 0, x, [[1.0] * 6, [1.0] * 8])
+    before = outputs(model, 0, x)
+    with pytest.warns(CapacityWarning, match="0, 5: "):
+        learn(model, 1, x, [[1.0] * 6, [1.0] * 8])
+    assert torch.equal(outputs(model, 0, x), before)
+    assert not torch.equal(outputs(model, 1, x), before)
 
 
 def test_warnings_point_at_the_callers_line(model):
     model.begin_task(0)
+    embed(model, 0, [[-1.0, -2.0] * 3, [1.0] * 8])
     with pytest.warns(HatWarning) as record:
         model.end_task()
+        model.begin_task(1)
+    assert len(record) == 2
     assert {w.filename for w in record} == {__file__}
 
 

@@ -1,0 +1,51 @@
+"""The experiments run, start to end: each in its fast mode, which writes its figures and a picture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = ("initialisation_and_scaling", "feature_importance", "regularization", "pretrained", "long_sequences")
+DATA = os.environ.get("HATIFY_DATA")
+
+
+def run(script, output, *options):
+    """Run a script in its fast mode on one thread."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--fast", "--output", str(output), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_fast_mode_writes_figures_and_a_picture(script, tmp_path):
+    done = run(script, tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    assert "conditions" in json.loads((tmp_path / "figures.json").read_text())
+    assert (tmp_path / "figures.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_committed_figures_are_of_a_full_run(script):
+    figures = json.loads((BENCHMARKS / "results" / f"{script}.json").read_text())
+    assert figures["conditions"]["fast"] is False
+
+
+@pytest.mark.skipif(DATA is None, reason="set HATIFY_DATA to a folder with CIFAR-10, see benchmarks/cifar10.py")
+def test_selective_forgetting_runs(tmp_path):
+    done = run("selective_forgetting", tmp_path / "figures.json", "--data", DATA)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "options"), [("selective_forgetting", ()), ("pretrained", ("--checkpoint", "none.th"))]
+)
+def test_missing_data_is_one_line_and_status_2(script, options, tmp_path):
+    done = run(script, tmp_path / "figures.json", "--data", str(tmp_path), *options)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "neither cifar-10-batches-py/ nor cifar10-jpeg.tar.xz" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,29 @@
+"""The documentation's programs run: all ``python`` blocks of a page, in order. (``py`` blocks need more than the tests.)"""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("ignore::hatify.HatWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_programs_of_a_page_run(page):
+    torch.manual_seed(0)
+    namespace: dict = {}
+    for block in re.finditer(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        line = page.read_text(encoding="utf-8")[: block.start()].count("\n")
+        exec(compile("\n" * (line + 1) + block[1], str(page), "exec"), namespace)
+
+
+def test_pictures_shown_are_those_of_committed_results():
+    results = {path.name for path in (DOCS.parent / "benchmarks" / "results").glob("*.png")}
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (DOCS / "experiments.md").read_text(encoding="utf-8"))
+    assert shown
+    assert {Path(picture).name for picture in shown} <= results
