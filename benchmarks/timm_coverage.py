@@ -209,7 +209,7 @@ def shapes(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[int, ...]
 
 
 def has_own_classifiers(model: hatify.HatModel, network: Any) -> bool:
-    """Whether every task has its own of what timm calls the classifier (which may hold a normalisation, too)."""
+    """Whether every task has its own output layer in what timm calls the classifier (which may have hidden layers)."""
     if not getattr(network, "num_classes", 0) or not hasattr(network, "get_classifier"):
         return True
     found = network.get_classifier()
@@ -217,7 +217,7 @@ def has_own_classifiers(model: hatify.HatModel, network: Any) -> bool:
     own = {id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters()}
     names = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in own}
     policies = {str(entry.policy) for entry in model.census if entry.name in names}
-    return policies <= {"head", "norm", "per_task", "unused"} and ("head" in policies or not own)
+    return "head" in policies or not own
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class LabelSpace:
         """Labels of a sum: non-zero where `a` or `b` may be. Leaves that meet are coupled."""
         a, b = torch.broadcast_tensors(a, b)
         shape = a.shape
-        a, b = _compact_pair(a, b)
+        a, b = compact_pair(a, b)
         combined = torch.where(a == ZERO, b, torch.where(b == ZERO, a, self._meet(a, b, union=True)))
         return combined.masked_fill((a == ON) | (b == ON), ON).expand(shape)
 
@@ -83,13 +83,13 @@ class LabelSpace:
         """Labels of a product: non-zero only where `a` and `b` may both be. Leaves that meet are coupled."""
         a, b = torch.broadcast_tensors(a, b)
         shape = a.shape
-        a, b = _compact_pair(a, b)
+        a, b = compact_pair(a, b)
         combined = torch.where(a == ON, b, torch.where(b == ON, a, self._meet(a, b, union=False)))
         return combined.masked_fill((a == ZERO) | (b == ZERO), ZERO).expand(shape)
 
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Couple the leaves of `a` and `b`, element by element."""
-        self._meet(*_compact_pair(*torch.broadcast_tensors(a, b)), union=False)
+        self._meet(*compact_pair(*torch.broadcast_tensors(a, b)), union=False)
 
     def _meet(self, a: Tensor, b: Tensor, union: bool) -> Tensor:
         """The label where two leaves or sets meet (elsewhere: `a`); for a product, either one bounds the support."""
@@ -218,7 +218,7 @@ def varying_dims(labels: Tensor) -> tuple[int, ...]:
     return tuple(d for d, n in enumerate(compact(labels).shape) if n > 1)
 
 
-def _compact_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def compact_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two label tensors of one shape, with the dimensions along which both are constant reduced to size 1."""
     small_a, small_b = compact(a), compact(b)
     return torch.broadcast_tensors(small_a, small_b)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hatify.labels import ON, compact, is_leaf, varying_dims
+from hatify.labels import ON, compact, compact_pair, is_leaf, varying_dims
 from hatify.rules.registry import Call, Labels, rule
 
 
@@ -90,21 +90,22 @@ def add(call: Call) -> Labels:
     if not isinstance(call.out, Tensor):
         return call.all_on()
     terms = call.given(0, "input"), call.given(1, "other")
-    a, b = (_expanded(call.labels_of(term), call.out) for term in terms)
+    shape = call.out.shape
+    a, b = compact_pair(*(_expanded(call.labels_of(term), call.out) for term in terms))
     dims_a, dims_b = varying_dims(a), varying_dims(b)
     if _features(a) and _features(b) and not set(dims_a) & set(dims_b) and (dims_a or dims_b):
         # Features of one term lie across those of the other: they do not meet one to one.
         full = call.labels_of(terms[0])
-        first = isinstance(full, Tensor) and full.shape == call.out.shape and bool(dims_a)
-        return call.mask(a if first or not dims_b else b)
+        first = isinstance(full, Tensor) and full.shape == shape and bool(dims_a)
+        return call.mask((a if first or not dims_b else b).expand(shape))
     result = call.space.either(a, b)
     filled = ((a == ON) & is_leaf(b)) | ((b == ON) & is_leaf(a))
     if not filled.any():
-        return result
+        return result.expand(shape)
     featured, dims = (a, dims_a) if _features(a) else (b, dims_b)
     if not dims:
         return call.all_on()
-    return call.mask(torch.where(filled & is_leaf(featured), featured, result), zero_stays=True)
+    return call.mask(torch.where(filled & is_leaf(featured), featured, result).expand(shape), zero_stays=True)
 
 
 @rule(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
