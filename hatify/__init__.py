@@ -11,6 +11,7 @@ from hatify.errors import (
     IsolationError,
     TaskError,
 )
+from hatify.extract import extract_task
 from hatify.forget import forget_task
 from hatify.model import HatModel
 from hatify.policy import Policy
@@ -32,6 +33,7 @@ __all__ = [
     "MaskScale",
     "Policy",
     "TaskError",
+    "extract_task",
     "forget_task",
     "hatify",
     "load",

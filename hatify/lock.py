@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hatify.gate import EMBEDDING_LIMIT
+from hatify.labels import compact
 from hatify.nn.per_task import PER_TASK, owned_by
 
 if TYPE_CHECKING:
@@ -49,14 +50,86 @@ def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Ten
     return locked.expand(shape)
 
 
-@dataclass
 class _Partial:
-    """A parameter some of whose entries are locked: `lock` is 0 or 1, in the parameter's dtype."""
+    """A parameter some of whose entries are locked.
 
-    name: str
-    parameter: nn.Parameter
-    saved: Tensor
-    lock: Tensor
+    Where locked entries come in runs, as the kernels of a convolution do, they are reached by the numbers of the runs,
+    which moves far less memory than a mask over all entries. Neither way can be fooled by values that are not finite.
+
+    Args:
+        name: the parameter's name.
+        parameter: the parameter.
+        saved: its values when the task was opened.
+        lock: bool, of the parameter's shape; True for locked entries.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, saved: Tensor, lock: Tensor) -> None:
+        self.name, self.parameter, self.saved = name, parameter, saved
+        self.kernel = parameter.shape[2:].numel() if parameter.ndim > 2 else 1
+        self.lock = lock
+        per_kernel = self.kernel > 1 and all(stride == 0 for stride in lock.stride()[2:]) and parameter.is_contiguous()
+        kernels = lock.reshape(-1, self.kernel)[:, 0] if per_kernel else None
+        self.runs = None if kernels is None else kernels.nonzero().squeeze(1)
+        #: The gradient that was masked last, and its version then.
+        self.masked: tuple[weakref.ref[Tensor], int] | None = None
+        #: Optimizer states that are zero where the parameter is locked.
+        self.clean: list[weakref.ref[Tensor]] = []
+
+    def mask_gradient(self, parameter: Tensor) -> None:
+        """Equation 2: zero the accumulated gradient of locked entries, in place."""
+        grad = parameter.grad
+        if grad is not None and not grad.is_sparse:
+            self._zero(grad)
+            self.masked = weakref.ref(grad), grad._version
+
+    def restore(self) -> None:
+        """Put the locked entries back."""
+        if self.runs is None:
+            self.parameter.copy_(torch.where(self.lock, self.saved, self.parameter))
+        else:
+            saved = self.saved.view(-1, self.kernel)
+            self.parameter.view(-1, self.kernel).index_copy_(0, self.runs, saved[self.runs])
+
+    def is_restored_in(self, tensor: Tensor) -> bool:
+        """Whether the locked entries of `tensor` are what was saved."""
+        if self.runs is None or not tensor.is_contiguous():
+            return torch.equal(torch.where(self.lock, tensor, self.saved), self.saved)
+        now, then = (t.view(-1, self.kernel)[self.runs] for t in (tensor, self.saved))
+        return torch.equal(now, then)
+
+    def unmoved_by(self, optimizer: torch.optim.Optimizer, decay: float) -> bool:
+        """Whether a step of `optimizer` has left locked entries where they were.
+
+        It has if their gradient was zero, the optimizer is of a kind that then moves nothing, and no momentum or
+        weight decay does. What it remembers of locked entries is set to zero here, so that it holds for later steps.
+        """
+        if type(optimizer) not in _STILL or decay != 0:
+            return False
+        held = optimizer.state.get(self.parameter, {})
+        state = [t for t in held.values() if _is_like(t, self.parameter)]
+        clean = len(state) == len(self.clean) and all(ref() is t for ref, t in zip(self.clean, state, strict=True))
+        if not clean:
+            for t in state:
+                self._zero(t)
+            self.clean = [weakref.ref(t) for t in state]
+        grad = self.parameter.grad
+        seen, version = self.masked or (None, 0)
+        masked = grad is None or (seen is not None and seen() is grad and version == grad._version)
+        return clean and masked
+
+    def _zero(self, tensor: Tensor) -> None:
+        if self.runs is not None and tensor.is_contiguous():
+            tensor.view(-1, self.kernel).index_fill_(0, self.runs, 0)
+        else:
+            tensor.masked_fill_(self.lock, 0)
+
+
+#: Optimizers that leave an entry where it is if its gradient and all they remember of it are zero.
+_STILL = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 @dataclass
@@ -76,6 +149,7 @@ class Guard:
         self.saved = saved or {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
         self.task = task
         state = model.task_state
+        self.was_finished = state.finished[task]
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.used = state.used(besides=task).to(state.embeddings[task].dtype)
         self.embedding = state.embeddings[task]
@@ -87,18 +161,18 @@ class Guard:
             for name, uses in model.uses.items():
                 parameter = tensors[name]
                 lock = locked_entries(uses, masks, parameter.shape)
-                if lock.all():
+                if compact(lock).all():
                     self._keep_whole(name, parameter)
-                elif lock.any():
+                elif compact(lock).any():
                     assert isinstance(parameter, nn.Parameter)
-                    self.partial.append(_Partial(name, parameter, self.saved[name], lock.to(parameter.dtype)))
+                    self.partial.append(_Partial(name, parameter, self.saved[name], lock))
             names = {id(tensor): name for name, tensor in tensors.items()}
             for tensor in owned_by_tasks(model, others):
                 self._keep_whole(names[id(tensor)], tensor)
             for name in model.constants:
                 self._keep_whole(name, tensors[name])
         self._handles = [
-            p.parameter.register_post_accumulate_grad_hook(_GradientLock(p.lock))
+            p.parameter.register_post_accumulate_grad_hook(p.mask_gradient)
             for p in self.partial
             if p.parameter.requires_grad
         ]
@@ -120,22 +194,15 @@ class Guard:
         Nothing else is touched: with one optimizer per parameter, stepped during the backward pass, that pass still
         needs the other parameters as they are.
         """
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
         for p in self.partial:
-            if id(p.parameter) not in held:
-                continue
-            # With weights of 0 and 1, lerp is exact, and on a CPU several times faster than where, but it cannot
-            # replace a value that is not finite.
-            if not p.parameter.is_cuda:
-                p.parameter.lerp_(p.saved, p.lock)
-                if bool(torch.isfinite(p.parameter.sum())):
-                    continue
-            p.parameter.copy_(torch.where(p.lock.bool(), p.saved, p.parameter))
+            if id(p.parameter) in decay and not p.unmoved_by(optimizer, decay[id(p.parameter)]):
+                p.restore()
         for w in self.whole:
-            if id(w.tensor) in held and w.tensor._version != w.version:
+            if id(w.tensor) in decay and w.tensor._version != w.version:
                 w.tensor.copy_(w.saved)
                 w.version = w.tensor._version
-        if id(self.embedding) in held:
+        if id(self.embedding) in decay:
             self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
 
     @torch.no_grad()
@@ -146,10 +213,11 @@ class Guard:
         """
         found = {}
         tensors = dict(named_tensors(model))
-        locks = [(p.name, p.saved, p.lock.bool()) for p in self.partial]
-        locks += [(w.name, w.saved, torch.ones_like(w.saved, dtype=torch.bool)) for w in self.whole]
+        every = torch.ones((), dtype=torch.bool)
+        locks = [(p.name, p.saved, p.lock) for p in self.partial if not p.is_restored_in(tensors[p.name])]
+        locks += [(w.name, w.saved, every) for w in self.whole if not torch.equal(tensors[w.name], w.saved)]
         for name, saved, lock in locks:
-            different = (tensors[name] != saved) & lock
+            different = (tensors[name] != saved) & lock.to(saved.device)
             if count := int(different.sum()):
                 found[name] = count
                 tensors[name].copy_(torch.where(different, saved, tensors[name]))
@@ -158,18 +226,6 @@ class Guard:
     def close(self) -> None:
         """Remove every hook."""
         _remove_all(self._handles)
-
-
-class _GradientLock:
-    """Multiplies a parameter's accumulated gradient by 1 − lock, in place."""
-
-    def __init__(self, lock: Tensor) -> None:
-        self.lock = lock
-
-    def __call__(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        if grad is not None and not grad.is_sparse:
-            grad.addcmul_(grad, self.lock.to(grad.dtype), value=-1)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

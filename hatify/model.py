@@ -219,10 +219,18 @@ class HatModel(fx.GraphModule):
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
         self._warn_of_full_layers(task)
         self.task_state.task_before = self.task_state.task
+        self._drop_guard()
         self.task_state.learning = task
-        self._set_task(task)
-        self._settle()
-        self._open_guard()
+        try:
+            self._set_task(task)
+            self._settle()
+            self._open_guard()
+        except BaseException:
+            # Without a guard there is nothing that abort_task could return to.
+            if self._guard is None:
+                self.task_state.learning = None
+                self._set_task(self.task_state.task_before)
+            raise
         self.mask_scale = self.s_max
         self.zero_grad(set_to_none=True)
         self.train()
@@ -246,9 +254,10 @@ class HatModel(fx.GraphModule):
                 stacklevel=2,
             )
         for name, tensor in named_tensors(self):
+            if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()):
+                continue
             # What was infinite to begin with ("no limit") is not a fault.
-            fault = ~torch.isfinite(tensor) & torch.isfinite(guard.saved[name]) if tensor.is_floating_point() else None
-            if fault is not None and fault.any():
+            if (~torch.isfinite(tensor) & torch.isfinite(guard.saved[name])).any():
                 raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
         state = self.task_state
         mask = state.binary(task)
@@ -268,6 +277,8 @@ class HatModel(fx.GraphModule):
         with torch.no_grad():
             for name, tensor in named_tensors(self):
                 tensor.copy_(guard.saved[name])
+        # end_task may have been interrupted.
+        self.task_state.finished[guard.task] = guard.was_finished
         self._set_task(self.task_state.task_before)
         self._close_guard()
 
@@ -357,16 +368,19 @@ class HatModel(fx.GraphModule):
         return self._guard, task
 
     def _open_guard(self, saved: Mapping[str, Tensor] | None = None) -> None:
-        if self._guard is not None:
-            self._guard.close()
+        self._drop_guard()
         assert self.active_task is not None
         self.__dict__["_guard"] = Guard(self, self.active_task, dict(saved) if saved else None)
 
+    def _drop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
+            self.__dict__["_guard"] = None
+
     def _close_guard(self) -> None:
-        assert self._guard is not None
-        self._guard.close()
-        self.__dict__["_guard"] = None
+        # From here on no task is open; whatever interrupts the rest, begin_task makes up for.
         self.task_state.learning = None
+        self._drop_guard()
         self.zero_grad(set_to_none=True)
         self._settle()
         self.eval()
@@ -439,8 +453,7 @@ def _after_loading(model: HatModel, incompatible: Any) -> None:
     model._set_task(state.task)
     model._settle()
     if model._guard is not None and model._guard.task != state.learning:
-        model._guard.close()
-        model.__dict__["_guard"] = None
+        model._drop_guard()
     if model._guard is None and state.learning is not None:
         model._open_guard()
 

@@ -198,9 +198,9 @@ def only_weighing(space: LabelSpace, findings: Findings, classification: Classif
     classes = space.classes()
 
     def found(labels: Iterable[Tensor]) -> Tensor:
-        different = torch.cat([compact(one).unique() for one in labels]).unique().tolist()
+        different = set().union(*(compact(one).unique().tolist() for one in labels))
         leaves = sorted(set().union(*(space.members(label) for label in different)))
-        return classes.of(torch.tensor(leaves)).unique()
+        return classes.of(torch.tensor(leaves, dtype=torch.int64)).unique()
 
     weighing = found(findings.weighing)
     reads = found(label for labels in findings.reads.values() for label in labels)

@@ -221,14 +221,16 @@ def noise_in(model: HatModel, entries: dict[str, Tensor], seed: int = 0) -> Iter
     generator = torch.Generator().manual_seed(seed)
     try:
         for name, chosen in entries.items():
-            tensor = tensors[name].data
+            tensor = tensors[name]
             if tensor.is_floating_point():
                 noise = 2 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-                tensor.copy_(torch.where(chosen, noise, tensor))
+                with torch.no_grad():
+                    tensor.copy_(torch.where(chosen, noise, tensor))
         yield
     finally:
-        for name, value in saved.items():
-            tensors[name].data.copy_(value)
+        with torch.no_grad():
+            for name, value in saved.items():
+                tensors[name].copy_(value)
 
 
 def leaks(model: HatModel, task: int, probes: Sequence[Inputs]) -> list[str]:
@@ -272,7 +274,7 @@ def influences(model: HatModel, task: int, batches: Sequence[Inputs]) -> dict[st
     expected = [answers(model, task, b) for b in batches]
     found = {}
     for name, parameter in parameters.items():
-        flat = parameter.data.view(-1)
+        flat = parameter.detach().view(-1)
         changed = torch.zeros(flat.shape, dtype=torch.bool)
         for i, value in enumerate(flat.tolist()):
             flat[i] = value + 1.5

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hatify
+from hatify.nn.layer_norm import _MaskedLayerNorm, composite
 from hatify.nn.norms import NORMS, is_known
 from hatify.nn.per_task import PerTaskNorm
 
@@ -334,3 +335,29 @@ def test_a_subclass_is_known_only_if_it_computes_what_its_base_does() -> None:
     assert is_known(Renamed(C))
     assert not is_known(Different(C))
     assert not is_known(nn.Linear(C, C))
+
+
+@given(mask=st.lists(st.floats(0.05, 1), min_size=C, max_size=C), weighted=st.booleans(), biased=st.booleans())
+def test_the_gradients_of_a_masked_layer_norm_are_those_of_its_definition(
+    mask: list[float], weighted: bool, biased: bool
+) -> None:
+    a = torch.tensor(mask, dtype=torch.float64, requires_grad=True)
+    x = (torch.randn(2, 3, C, dtype=torch.float64) * a.detach()).requires_grad_()
+    weight = torch.randn(C, dtype=torch.float64, requires_grad=True) if weighted else None
+    bias = torch.randn(C, dtype=torch.float64, requires_grad=True) if biased else None
+
+    def fused(*inputs: Tensor) -> Tensor:
+        return _MaskedLayerNorm.apply(*inputs, weight, bias, 0.1)[0]
+
+    inputs = [t for t in (x, a, weight, bias) if t is not None]
+    grad = torch.randn(2, 3, C, dtype=torch.float64)
+    found = torch.autograd.grad(fused(x, a), inputs, grad)
+    expected = torch.autograd.grad(composite(x, a, weight, bias, 0.1), inputs, grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_masked_layer_norm_can_be_differentiated_twice() -> None:
+    a = torch.rand(C, dtype=torch.float64, requires_grad=True)
+    x, weight, bias = (torch.randn(*shape, C, dtype=torch.float64, requires_grad=True) for shape in ((3,), (), ()))
+    torch.autograd.gradgradcheck(lambda *inputs: _MaskedLayerNorm.apply(*inputs, 1e-3)[0], (x, a, weight, bias))

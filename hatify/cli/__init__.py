@@ -42,9 +42,9 @@ def run(commands: typer.Typer, name: str, arguments: list[str] | None = None) ->
     def complain(message: object) -> None:
         print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
 
-    # Modules that --factory names are looked for here too.
+    # Modules that --factory names are looked for here too, after all others.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     with _unlogged(), warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", HatWarning)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from hatify.cli.common import Factory, FactoryArg, Json, Out, loaded, print_json, progress, written_whole
 from hatify.errors import CheckpointError
+from hatify.extract import extract_task
 from hatify.report import totals
 from hatify.saving import storable
 
@@ -40,8 +41,6 @@ def extract(
     if file.suffix == ".onnx":
         _require_onnx()
     model = loaded(out, factory, factory_arg)
-    from hatify.extract import extract_task
-
     with progress(as_json, steps=2) as step:
         step("extracting")
         network = extract_task(model, task, compact=compact).eval()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hatify.nn.folding import remembered
 from hatify.nn.functional import masked
 
 #: For each parameter of a layer: the features its entries write, and those they read (None: always on).
@@ -61,9 +62,13 @@ class HatLayer:
 
 def masked_parameters(layer: Any, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of `layer` with the rows of the output features multiplied by `mask`."""
-    mask = mask.to(layer.weight.dtype)
-    weight = layer.weight * mask.view(-1, *(1,) * (layer.weight.ndim - 1))
-    return weight, None if layer.bias is None else layer.bias * mask
+
+    def multiply() -> tuple[Tensor, Tensor | None]:
+        a = mask.to(layer.weight.dtype)
+        weight = layer.weight * a.view(-1, *(1,) * (layer.weight.ndim - 1))
+        return weight, None if layer.bias is None else layer.bias * a
+
+    return remembered(layer, mask, multiply)
 
 
 def _placement(layer: nn.Module) -> dict[str, Any]:

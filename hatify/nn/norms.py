@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hatify.nn.folding import remembered
+from hatify.nn.layer_norm import masked_layer_norm
+
 MaskedNorm = Callable[[Any, Tensor, Tensor], Tensor]
 
 #: The masked form of each normalisation type.
@@ -74,7 +77,7 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    weight, bias = _masked_affine(norm, mask.to(_dtype(norm, x)))
+    weight, bias = remembered(norm, mask, lambda: _masked_affine(norm, mask.to(_dtype(norm, x))))
     tracked = not norm.training or norm.track_running_stats
     y = F.batch_norm(
         x,
@@ -104,6 +107,8 @@ def layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
     """Mean and variance over the active features of the normalised dimensions."""
     shape = norm.normalized_shape
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if len(shape) == 1:
+        return _activated(norm, masked_layer_norm(norm, wide, mask.to(wide.dtype)).to(x.dtype))
     a = mask.to(wide.dtype).view(_mask_view(shape, mask))
     share = _share(a.mean())
     mean = wide.mean(tuple(range(-len(shape), 0)), keepdim=True) / share
