@@ -189,7 +189,7 @@ def convergences(networks: int, epochs: int, seed: int) -> list[dict[str, Any]]:
 
 
 def plot(table: list[dict[str, Any]], grid: list[dict[str, Any]], path: Path) -> None:
-    """Left: the share of networks trained, over batches; right: the grid, dense initialisation."""
+    """Left: the share of networks trained, over batches; right: the grid's cosine schedule, over s_max."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for color, row in enumerate(row for row in table if row["weight"] == 0.5):
@@ -198,18 +198,22 @@ def plot(table: list[dict[str, Any]], grid: list[dict[str, Any]], path: Path) ->
         name = f"{row['init']}, {row['schedule']}, {_clamp(row['clamp'])}"
         left.step(done, share, where="post", color=f"C{color}", label=name)
     left.axvline(BATCHES, color="grey", lw=0.8, ls=":", label="one epoch")
-    left.set(xscale="log", xlabel="batches", title="Table 1's task: networks with the right masks for good, in %")
+    left.set(xscale="log", xlabel="batches", title="networks with the right masks for good, in %")
     left.legend(fontsize="small")
-    lines = [row for row in grid if row["init"] == "dense"]
-    for schedule, style in zip(SCHEDULES, ("-", "--", "-.", ":"), strict=True):
-        for color, clamp in enumerate(dict.fromkeys(row["clamp"] for row in lines)):
-            line = [row for row in lines if (row["schedule"], row["clamp"]) == (schedule, clamp)]
-            failures = [100 * row["epoch"]["failures"] / row["epoch"]["networks"] for row in line]
-            means = [row["lasting"]["mean"] for row in line]
-            name = f"{schedule}, {_clamp(clamp)}"
-            right.plot(means, failures, style, marker="o", ms=4, color=f"C{color}", label=name)
-    right.set(xscale="log", xlabel="mean number of batches until right for good, where they came right")
-    right.set_title(f"dense initialisation: failures within {GRID_EPOCHS} epochs, in %; a dot for each s_max")
+    cosine = [row for row in grid if row["schedule"] == "cosine"]
+    for init, style in zip(dict.fromkeys(row["init"] for row in cosine), ("-", "--", ":"), strict=False):
+        for color, clamp in enumerate(dict.fromkeys(row["clamp"] for row in cosine)):
+            line = [row for row in cosine if (row["init"], row["clamp"]) == (init, clamp)]
+            name = f"{init}, {_clamp(clamp)}"
+            means = [row["lasting"]["mean"] or float("nan") for row in line]
+            right.plot([row["s_max"] for row in line], means, style, color=f"C{color}", label=name)
+            failed = [row for row in line if row["epoch"]["failures"]]
+            right.plot(
+                [row["s_max"] for row in failed], [row["lasting"]["mean"] for row in failed], "x", color=f"C{color}"
+            )
+    right.set(
+        xscale="log", yscale="log", xlabel="s_max", title="cosine schedule: mean number of batches (×: some failed)"
+    )
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
 
