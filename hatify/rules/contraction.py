@@ -84,7 +84,7 @@ def einsum(call: Call) -> Labels:
         return call.all_on()
     inputs, output = equation.replace(" ", "").split("->")
     labels = [call.labels_of(operand) for operand in operands]
-    result = torch.tensor(ON).expand(call.out.shape)
+    result = torch.tensor(ON)
     for names, label in zip(inputs.split(","), labels, strict=True):
         varying = {names[d] for d in varying_dims(label)}
         if varying <= set(output):
@@ -92,12 +92,11 @@ def einsum(call: Call) -> Labels:
             order = sorted((n for n in names if n in output), key=output.index)
             kept = kept.permute([[n for n in names if n in output].index(n) for n in order])
             shape = [kept.shape[order.index(n)] if n in order else 1 for n in output]
-            placed = kept.reshape(shape).expand(call.out.shape)
-            result = torch.where(result == ON, placed, result)
+            result = torch.where(result == ON, compact(kept.reshape(shape)), result)
     contracted = [n for n in inputs.split(",")[0] if n in inputs.split(",")[1] and n not in output]
     if len(contracted) == 1:
         _meet_along(call, inputs.split(","), labels, contracted[0])
-    return result
+    return result.expand(call.out.shape)
 
 
 def _meet_along(call: Call, names: list[str], labels: list[Tensor], contracted: str) -> None:
