@@ -7,11 +7,23 @@ import matplotlib
 import pytest
 import torch
 
+from hatify.rules import RULES
+
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text(encoding="utf-8"))
 
 
+@pytest.fixture
+def own_rules():
+    """Rules that are added meanwhile are removed again."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.usefixtures("own_rules")
 @pytest.mark.filterwarnings("ignore::hatify.HatWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_programs_of_a_page_run(page):
