@@ -26,7 +26,8 @@ def own_rules():
 @pytest.mark.usefixtures("own_rules")
 @pytest.mark.filterwarnings("ignore::hatify.HatWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
-def test_the_programs_of_a_page_run(page):
+def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict = {}
     for block in re.finditer(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
