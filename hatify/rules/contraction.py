@@ -36,7 +36,7 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
         call.space.meet(queries, keys)
     shape = call.out.shape
     rows = torch.tensor(ON) if contracted_a else a[..., :1]
-    columns = _agreed(b) if contracted_b else b[..., :1, :]
+    columns = _agreed(compact(b)) if contracted_b else b[..., :1, :]
     kept, other = (rows, columns) if _width(rows) > _width(columns) else (columns, rows)
     call.findings.weighing.append(torch.where(is_leaf(kept), other, ON))
     return torch.where(kept == ON, other, kept).expand(shape)
