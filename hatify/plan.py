@@ -202,7 +202,9 @@ class _Planner:
         assert mask is not None
         self.plan.owners[name] = mask
         for node in self.read[name]:
-            self.plan.nodes[node] = MaskedNode(mask, dim, value.ndim)
+            # The bias of a layer written as a function is masked with that layer's output.
+            if not all(user.target in FUNCTIONAL_LAYERS and user in self.findings.masks for user in node.users):
+                self.plan.nodes[node] = MaskedNode(mask, dim, value.ndim)
 
 
 def canonical_names(net: nn.Module) -> dict[str, str]:

@@ -411,6 +411,16 @@ def test_an_operation_that_does_not_keep_zero_is_masked_again() -> None:
     assert found["b"][0].tolist() == leaves(space, "a")
 
 
+def test_a_functional_layer_masks_its_bias_once() -> None:
+    model = converted(nn.Linear(5, 3), torch.randn(2, 5), heads=None)
+    model.begin_task(0)
+    with torch.no_grad():
+        model.task_state.embeddings[0].copy_(torch.tensor([0.5, -0.5, 0.0]))
+    model.mask_scale = 2.0
+    expected = torch.sigmoid(2 * model.task_state.embeddings[0]) * model.bias
+    torch.testing.assert_close(model(torch.zeros(1, 5))[0], expected)
+
+
 def test_a_condition_gets_no_mask() -> None:
     class Filled(nn.Module):
         def __init__(self) -> None:
