@@ -19,6 +19,7 @@ from hatify.gate import gate
 from hatify.growth import grow
 from hatify.lock import Guard, named_tensors
 from hatify.mixed import answer_each, check_tasks
+from hatify.nn.folding import forget
 from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.nn.state import TaskState
 from hatify.origin import Origin
@@ -119,6 +120,8 @@ class HatModel(fx.GraphModule):
 
     def train(self, mode: bool = True) -> HatModel:
         super().train(mode)
+        if mode:
+            forget(self)
         if "_graphs" in self.__dict__:
             self._select_graph()
         return self
@@ -390,9 +393,10 @@ class HatModel(fx.GraphModule):
         state = self.task_state
         names = {id(p): name for name, p in self.named_parameters()}
         trainable: set[str] = self.__dict__["_trainable"]
+        modules = [m for m in self.modules() if isinstance(m, PER_TASK)]
         for task in range(self.num_tasks):
             learns = not state.finished[task] if state.learning is None else state.learning == task
-            own = [t for m in self.modules() if isinstance(m, PER_TASK) for t in owned_by(m, task)]
+            own = [t for m in modules for t in owned_by(m, task)]
             for parameter in (*own, state.embeddings[task]):
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(learns and names[id(parameter)] in trainable)

@@ -22,7 +22,6 @@ def remembered(module: nn.Module, mask: Tensor, compute: Callable[[], T]) -> T:
     A parameter changes with its version, as for autograd: writing to ``parameter.data`` goes unnoticed.
     """
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _REMEMBERED.pop(module, None)
         return compute()
     parameters = list(module.parameters(recurse=False))
     if mask.is_inference() or any(p.is_inference() for p in parameters):
@@ -32,3 +31,9 @@ def remembered(module: nn.Module, mask: Tensor, compute: Callable[[], T]) -> T:
     if known is None or known[0] is not mask or known[1] != versions:
         known = _REMEMBERED[module] = (mask, versions, compute())
     return known[2]  # type: ignore[return-value]
+
+
+def forget(network: nn.Module) -> None:
+    """Free what is remembered for the modules of `network`."""
+    for module in network.modules():
+        _REMEMBERED.pop(module, None)

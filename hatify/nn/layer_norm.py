@@ -30,9 +30,14 @@ class Folded(NamedTuple):
     bias: Tensor | None  #: a·b
 
 
+def share_of(mask: Tensor) -> float:
+    """k/C, kept away from zero: without an active feature there is nothing to normalise."""
+    return max(float(mask.sum()) / mask.numel(), torch.finfo(mask.dtype).eps)
+
+
 def fold(mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Folded:
-    """Multiply the mask into the parameters. Without an active feature there is nothing to normalise."""
-    share = max(float(mask.sum()) / mask.numel(), torch.finfo(mask.dtype).eps)
+    """Multiply the mask into the parameters."""
+    share = share_of(mask)
     weight = mask * share**0.5 if weight is None else weight * mask * share**0.5
     return Folded(share * mask.numel(), eps * share, 1 - mask, weight, None if bias is None else bias * mask)
 
@@ -74,8 +79,8 @@ class _MaskedLayerNorm(Function):
             found = iter(again)
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None)
         with torch.autocast(x.device.type, enabled=False):
-            active = max(float(mask.sum()), mask.numel() * torch.finfo(mask.dtype).eps)
-            root = (active / mask.numel()) ** 0.5
+            share = share_of(mask)
+            active, root = share * mask.numel(), share**0.5
             filled = filled_in(x, mean, fill)
             needed = [True, True, bias is not None]
             g, g_weight, g_bias = torch.ops.aten.native_layer_norm_backward(
@@ -98,23 +103,24 @@ class _MaskedLayerNorm(Function):
 
 
 def composite(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The same in elementary operations: for compilers, other devices, and derivatives of any order."""
+    """The same in elementary operations: for compilers, other devices, derivatives of any order, several dimensions."""
     share = mask.mean().clamp_min(torch.finfo(mask.dtype).eps)
-    filled = torch.addcmul(x, x.mean(-1, keepdim=True) / share, 1 - mask) * share.rsqrt()
+    mean = x.mean(tuple(range(-mask.ndim, 0)), keepdim=True) / share
+    filled = torch.addcmul(x, mean, 1 - mask) * share.rsqrt()
     weight = mask * share.sqrt() if weight is None else weight * mask * share.sqrt()
     return F.layer_norm(filled, mask.shape, weight, None if bias is None else bias * mask, eps)
 
 
 def masked_layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
-    """`norm`, a layer norm over the last dimension, over the active features.
+    """`norm`, a layer norm, over the active features.
 
     Args:
-        norm: has ``weight`` and ``bias``, shape (C,) or None, and ``eps``.
-        x: shape (…, C), zero where the mask is.
-        mask: shape (C,), in [0, 1], in the dtype of `x`.
+        norm: has ``weight`` and ``bias``, of the normalised shape or None, and ``eps``.
+        x: shape (…, *normalised shape), zero where the mask is.
+        mask: of the normalised shape, in [0, 1], in the dtype of `x`.
     """
     weight, bias = (None if p is None else p.to(mask.dtype) for p in (norm.weight, getattr(norm, "bias", None)))
-    if torch.compiler.is_compiling() or mask.device.type != "cpu":
+    if torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.ndim > 1:
         return composite(x, mask, weight, bias, norm.eps)
     if torch.is_grad_enabled():
         y: Tensor = _MaskedLayerNorm.apply(x, mask, weight, bias, norm.eps)[0]

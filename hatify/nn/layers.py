@@ -7,6 +7,7 @@ of outputs (a task's head), and the masked forward pass. To add a family, add a 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -35,29 +36,29 @@ class HatLayer:
         layer.fold = fold  # type: ignore[assignment]
 
     @staticmethod
+    @abstractmethod
     def features(layer: Any) -> int:
         """How many output features `layer` has."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def dims(layer: Any) -> tuple[int | None, int]:
         """The dimension of the input that `layer` contracts (None: it looks up), and that of its output features."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def entries(layer: Any, written: Tensor, read: Tensor | None) -> Entries:
         """What each parameter's entries connect, given the output (O, …) and input (I, …) features."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def resized(layer: Any, features: int) -> nn.Module:
         """A freshly initialised layer like `layer` with `features` outputs."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def example_input(layer: Any) -> Tensor:
         """A small input, for trying the layer out on its own."""
-        raise NotImplementedError
 
 
 def masked_parameters(layer: Any, mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -105,17 +105,11 @@ def instance_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
 @normalises(nn.LayerNorm, dims=trailing)
 def layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
     """Mean and variance over the active features of the normalised dimensions."""
-    shape = norm.normalized_shape
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if len(shape) == 1:
-        return _activated(norm, masked_layer_norm(norm, wide, mask.to(wide.dtype)).to(x.dtype))
-    a = mask.to(wide.dtype).view(_mask_view(shape, mask))
-    share = _share(a.mean())
-    mean = wide.mean(tuple(range(-len(shape), 0)), keepdim=True) / share
-    filled = torch.addcmul(wide, mean, 1 - a) * share.rsqrt()
-    weight, bias = _masked_affine(norm, a.expand(shape))
-    y = F.layer_norm(filled, shape, weight.to(wide.dtype) * share.sqrt(), _cast(bias, wide.dtype), norm.eps)
-    return _activated(norm, y.to(x.dtype))
+    a = mask.to(wide.dtype)
+    if len(norm.normalized_shape) > 1:
+        a = a.view(_mask_view(norm.normalized_shape, mask)).expand(norm.normalized_shape)
+    return _activated(norm, masked_layer_norm(norm, wide, a).to(x.dtype))
 
 
 @normalises(nn.RMSNorm, dims=trailing)
