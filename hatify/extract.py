@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from hatify.axes import Dims, Removal, children_of
+from hatify.axes import Dims
 from hatify.errors import HatError, TaskError
 from hatify.examples import refusals_named
 from hatify.model import HatModel
 from hatify.plain import Writer, plain_modules
+from hatify.removal import Removal, children_of
 from hatify.support import buffers_restored, positional
 
 #: Largest difference that rounding explains in single precision, in units of the largest number in a value.

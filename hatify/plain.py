@@ -13,14 +13,16 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils import parametrize
 
 from hatify.answers import check_size
-from hatify.axes import Dims, Removal, children_of, is_mask, layer_family, mask_view
+from hatify.axes import Dims
 from hatify.classify import detached_copy, is_altered
+from hatify.cutting import cut_along, cut_layer, cut_norm
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off
 from hatify.nn.layers import HatLayer
 from hatify.nn.norms import NORMS, _masked_affine, is_known
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
+from hatify.removal import Removal, children_of, is_mask, layer_family, mask_view
 from hatify.resize import CannotCut, resized
 from hatify.rewrite import keeps_features_apart
 
@@ -180,7 +182,7 @@ class Writer:
         if not isinstance(value, Tensor):
             return value  # whether the network is training
         name = str(node.target)
-        cut = _cut_along(value.detach(), self.removal.axes[node])
+        cut = cut_along(value.detach(), self.removal.axes[node])
         cut = self._parameter(value, cut) if isinstance(value, nn.Parameter) else cut.clone()
         inside = next((path for path in self.modules if name.startswith(f"{path}.")), None)
         if inside is not None:
@@ -228,7 +230,7 @@ class Writer:
         """The product with a mask, left out where what is kept is on."""
         dims = self.removal.axes[node]
         view = mask_view(self.removal.masks[node], [axis.kept.numel() for axis in dims], node.args[2])
-        view = _cut_along(view, dims).to(self.device)
+        view = cut_along(view, dims).to(self.device)
         if self.removal.compact and view.all():
             return x
         name = str(node.args[1])
@@ -365,61 +367,6 @@ class _NormProxy(fx.Proxy):
 
     def dim(self) -> int:
         return self.tracer.ndim
-
-
-def cut_layer(layer: Any, read: Tensor | None, written: Tensor) -> None:
-    """Take features out of a weighted layer, in place.
-
-    Args:
-        layer: of one of torch's own types.
-        read: which input features stay, bool, shape (input features,); None for a lookup.
-        written: which output features stay, bool, shape (output features,).
-    """
-    weight = layer.weight.detach()
-    if read is None:
-        weight, layer.embedding_dim = weight[:, written], int(written.sum())
-    else:
-        groups = getattr(layer, "groups", 1)
-        rows, columns = written.view(groups, -1), read.view(groups, -1)
-        alive = [g for g in range(groups) if rows[g].any()]
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            rows, columns = columns, rows
-        parts = weight.view(groups, -1, *weight.shape[1:])
-        weight = torch.cat([parts[g][rows[g]][:, columns[g]] for g in alive])
-        kind = "features" if isinstance(layer, nn.Linear) else "channels"
-        setattr(layer, f"in_{kind}", int(read.sum()))
-        setattr(layer, f"out_{kind}", int(written.sum()))
-        if kind == "channels":
-            layer.groups = len(alive)
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias.detach()[written], layer.bias.requires_grad)
-    layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-
-
-def cut_norm(norm: Any, dims: Dims) -> None:
-    """Take features out of a normalisation, in place."""
-    shape = torch.Size(axis.kept.numel() for axis in dims)
-    for table in (norm._parameters, norm._buffers):
-        for name, value in table.items():
-            if value is not None and value.shape == shape:
-                cut = _cut_along(value.detach(), dims)
-                table[name] = nn.Parameter(cut, value.requires_grad) if isinstance(value, nn.Parameter) else cut
-    counts = tuple(int(axis.kept.sum()) for axis in dims)
-    for name in ("num_features", "num_channels", "num_parameters"):
-        if hasattr(norm, name):
-            setattr(norm, name, counts[0])
-    if hasattr(norm, "normalized_shape"):
-        norm.normalized_shape = counts
-    if hasattr(norm, "num_groups"):
-        norm.num_groups = int(dims[0].kept.view(norm.num_groups, -1).any(1).sum())
-
-
-def _cut_along(value: Tensor, dims: Dims) -> Tensor:
-    """The kept part of `value`, whose dimensions of size 1 stay."""
-    for d in range(1, min(value.ndim, len(dims)) + 1):
-        if value.shape[-d] > 1 and dims[-d].cut:
-            value = value.index_select(-d, dims[-d].index.to(value.device))
-    return value
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:

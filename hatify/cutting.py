@@ -1,0 +1,65 @@
+"""Take features out of layers, normalisations and tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.axes import Dims
+
+
+def cut_layer(layer: Any, read: Tensor | None, written: Tensor) -> None:
+    """Take features out of a weighted layer, in place.
+
+    Args:
+        layer: of one of torch's own types.
+        read: which input features stay, bool, shape (input features,); None for a lookup.
+        written: which output features stay, bool, shape (output features,).
+    """
+    weight = layer.weight.detach()
+    if read is None:
+        weight, layer.embedding_dim = weight[:, written], int(written.sum())
+    else:
+        groups = getattr(layer, "groups", 1)
+        rows, columns = written.view(groups, -1), read.view(groups, -1)
+        alive = [g for g in range(groups) if rows[g].any()]
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            rows, columns = columns, rows
+        parts = weight.view(groups, -1, *weight.shape[1:])
+        weight = torch.cat([parts[g][rows[g]][:, columns[g]] for g in alive])
+        kind = "features" if isinstance(layer, nn.Linear) else "channels"
+        setattr(layer, f"in_{kind}", int(read.sum()))
+        setattr(layer, f"out_{kind}", int(written.sum()))
+        if kind == "channels":
+            layer.groups = len(alive)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.detach()[written], layer.bias.requires_grad)
+    layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
+
+
+def cut_norm(norm: Any, dims: Dims) -> None:
+    """Take features out of a normalisation, in place."""
+    shape = torch.Size(axis.kept.numel() for axis in dims)
+    for table in (norm._parameters, norm._buffers):
+        for name, value in table.items():
+            if value is not None and value.shape == shape:
+                cut = cut_along(value.detach(), dims)
+                table[name] = nn.Parameter(cut, value.requires_grad) if isinstance(value, nn.Parameter) else cut
+    counts = tuple(int(axis.kept.sum()) for axis in dims)
+    for name in ("num_features", "num_channels", "num_parameters"):
+        if hasattr(norm, name):
+            setattr(norm, name, counts[0])
+    if hasattr(norm, "normalized_shape"):
+        norm.normalized_shape = counts
+    if hasattr(norm, "num_groups"):
+        norm.num_groups = int(dims[0].kept.view(norm.num_groups, -1).any(1).sum())
+
+
+def cut_along(value: Tensor, dims: Dims) -> Tensor:
+    """The kept part of `value`, whose dimensions of size 1 stay."""
+    for d in range(1, min(value.ndim, len(dims)) + 1):
+        if value.shape[-d] > 1 and dims[-d].cut:
+            value = value.index_select(-d, dims[-d].index.to(value.device))
+    return value
