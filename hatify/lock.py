@@ -2,7 +2,9 @@
 
 Masked gradients alone do not protect a weight: weight decay, momentum from an earlier task and Adam's epsilon move
 weights whose gradient is zero. While a task is open, the guard therefore puts locked entries back after every step
-of any optimizer that holds parameters of the model.
+of any optimizer that holds parameters of the model. On a CPU, where copying is what a step notices, this is left out
+after steps that leave locked entries alone: those of torch's `_STILL` optimizers without weight decay, whose gradient
+has not been written to since it was masked, and whose momentum is zero at locked entries.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +73,7 @@ class _Partial:
         per_kernel = self.kernel > 1 and all(stride == 0 for stride in lock.stride()[2:]) and parameter.is_contiguous()
         kernels = lock.reshape(-1, self.kernel)[:, 0] if per_kernel else None
         self.runs = None if kernels is None else kernels.nonzero().squeeze(1)
+        self.sample = _some_of(lock)
         #: The gradient that was masked last, and its version then.
         self.masked: tuple[weakref.ref[Tensor], int] | None = None
         #: Optimizer states that are zero where the parameter is locked.
@@ -102,8 +106,9 @@ class _Partial:
 
         It has if their gradient was zero, the optimizer is of a kind that then moves nothing, and no momentum or
         weight decay does. What it remembers of locked entries is set to zero here, so that it holds for later steps.
+        A gradient written to through ``data`` keeps its version: see `sampled_gradient`.
         """
-        if type(optimizer) not in _STILL or decay != 0:
+        if type(optimizer) not in _STILL or decay != 0 or self.parameter.device.type != "cpu":
             return False
         held = optimizer.state.get(self.parameter, {})
         state = [t for t in held.values() if _is_like(t, self.parameter)]
@@ -117,6 +122,11 @@ class _Partial:
         masked = grad is None or (seen is not None and seen() is grad and version == grad._version)
         return clean and masked
 
+    def sampled_gradient(self) -> Tensor:
+        """The gradient of a few locked entries."""
+        grad = self.parameter.grad
+        return self.saved.new_zeros(0) if grad is None else grad.take(self.sample)
+
     def _zero(self, tensor: Tensor) -> None:
         if self.runs is not None and tensor.is_contiguous():
             tensor.view(-1, self.kernel).index_fill_(0, self.runs, 0)
@@ -126,6 +136,14 @@ class _Partial:
 
 #: Optimizers that leave an entry where it is if its gradient and all they remember of it are zero.
 _STILL = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+
+
+def _some_of(lock: Tensor, count: int = 16) -> Tensor:
+    """The flat indices of up to `count` entries that are locked, in different rows."""
+    rows = lock.reshape(lock.shape[0], -1)
+    chosen = rows.any(1).nonzero().squeeze(1)
+    chosen = chosen[:: max(1, len(chosen) // count)]
+    return chosen * rows.shape[1] + rows[chosen].to(torch.uint8).argmax(1)
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:
@@ -181,8 +199,9 @@ class Guard:
             for w in self.whole
             if isinstance(w.tensor, nn.Parameter) and w.tensor.requires_grad
         ]
-        self._handles.append(register_optimizer_step_post_hook(_StepHook(self)))
         weakref.finalize(self, _remove_all, self._handles)
+        _watch_optimizers()
+        _OPEN.add(self)
 
     def _keep_whole(self, name: str, tensor: Tensor) -> None:
         self.whole.append(_Whole(name, tensor, self.saved[name], tensor._version))
@@ -195,9 +214,12 @@ class Guard:
         needs the other parameters as they are.
         """
         decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
-        for p in self.partial:
-            if id(p.parameter) in decay and not p.unmoved_by(optimizer, decay[id(p.parameter)]):
-                p.restore()
+        updated = [p for p in self.partial if id(p.parameter) in decay]
+        moved = [p for p in updated if not p.unmoved_by(optimizer, decay[id(p.parameter)])]
+        if len(moved) < len(updated) and torch.cat([p.sampled_gradient() for p in updated]).any():
+            moved = updated
+        for p in moved:
+            p.restore()
         for w in self.whole:
             if id(w.tensor) in decay and w.tensor._version != w.version:
                 w.tensor.copy_(w.saved)
@@ -224,7 +246,8 @@ class Guard:
         return found
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Protect nothing any more."""
+        _OPEN.discard(self)
         _remove_all(self._handles)
 
 
@@ -232,16 +255,23 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _StepHook:
-    """Called after every step of every optimizer; holds its guard weakly."""
+#: The guards of every model with an open task.
+_OPEN: weakref.WeakSet[Guard] = weakref.WeakSet()
 
-    def __init__(self, guard: Guard) -> None:
-        self.guard = weakref.ref(guard)
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        guard = self.guard()
-        if guard is not None:
-            guard.restore(optimizer)
+@cache
+def _watch_optimizers() -> None:
+    """Have `_restore_all` called after every step of every optimizer, from now on.
+
+    The hook stays: torch iterates over such hooks, and fails if one is removed meanwhile, as the garbage collector does
+    with that of a guard it happens to find.
+    """
+    register_optimizer_step_post_hook(_restore_all)
+
+
+def _restore_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for guard in list(_OPEN):
+        guard.restore(optimizer)
 
 
 def _remove_all(handles: list[Any]) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import optimizer as torch_optimizer
 
 from hatify import HatError, HatWarning, hatify, verify_isolation
-from hatify.lock import locked_entries
+from hatify.lock import _OPEN, _Partial, locked_entries
 from hatify.slots import Use
 
 # Masks are drawn at random here, without regard to capacity.
@@ -361,6 +361,115 @@ def test_weight_decay_does_move_locked_weights_where_nothing_guards_them():
     assert (weight != 1).all()
 
 
+# Steps that leave locked entries alone ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """Names of the parameters that were put back, in order."""
+    names = []
+    restore = _Partial.restore
+    monkeypatch.setattr(_Partial, "restore", lambda self: (names.append(self.name), restore(self))[1])
+    return names
+
+
+STILL = [
+    pytest.param(lambda p: optim.SGD(p, lr=0.1, momentum=0.9), id="SGD"),
+    pytest.param(lambda p: optim.Adam(p, lr=0.1, amsgrad=True), id="Adam"),
+    pytest.param(lambda p: optim.AdamW(p, lr=0.1, weight_decay=0), id="AdamW"),
+    pytest.param(lambda p: optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True), id="RMSprop"),
+]
+
+
+def step_of(model, optimizer, task=1, step=0):
+    optimizer.zero_grad()
+    loss_of(model, task, step).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", STILL)
+def test_nothing_is_put_back_after_steps_that_moved_nothing_locked(make, restored):
+    model = finished_model()
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    set_masks(model, 1)
+    optimizer = make(model.parameters())
+    step_of(model, optimizer)  # what the optimizer remembers is made here
+    del restored[:]
+    for step in range(3):
+        step_of(model, optimizer, step=step)
+        assert torch.equal(outputs(model, 0), expected)
+    assert restored == []
+    model.end_task()
+    assert torch.equal(outputs(model, 0), expected)
+    verify_isolation(model)
+
+
+@pytest.mark.parametrize("make", STILL)
+def test_momentum_of_an_earlier_task_moves_nothing_locked(make):
+    model = make_model()
+    optimizer = make(model.parameters())
+    train(model, 0, optimizer)
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    set_masks(model, 1)
+    for step in range(3):
+        step_of(model, optimizer, step=step)
+        assert torch.equal(outputs(model, 0), expected)
+
+
+@pytest.mark.parametrize("make", STILL)
+def test_momentum_loaded_into_the_optimizer_moves_nothing_locked(make):
+    model = make_model()
+    optimizer = make(model.parameters())
+    train(model, 0, optimizer)
+    earlier = copy.deepcopy(optimizer.state_dict())
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    set_masks(model, 1)
+    for step in range(4):
+        if step == 2:
+            optimizer.load_state_dict(earlier)
+        step_of(model, optimizer, step=step)
+        assert torch.equal(outputs(model, 0), expected)
+
+
+@pytest.mark.parametrize("make", STILL)
+@pytest.mark.parametrize("change", ["added to", "replaced", "data"])
+def test_gradients_changed_after_backward_move_nothing_locked(make, change):
+    model = finished_model()
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    set_masks(model, 1)
+    optimizer = make(model.parameters())
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, 1, step).backward()
+        for p in [p for p in model.parameters() if p.grad is not None]:
+            if change == "added to":
+                p.grad.add_(0.1)
+            elif change == "replaced":
+                p.grad = torch.ones_like(p)
+            else:
+                p.grad.data.add_(0.1)
+        optimizer.step()
+        assert torch.equal(outputs(model, 0), expected)
+
+
+@pytest.mark.parametrize("make", STILL)
+def test_a_weight_decay_set_while_a_task_is_open_moves_nothing_locked(make):
+    model = finished_model()
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    set_masks(model, 1)
+    optimizer = make(model.parameters())
+    for step in range(4):
+        if step == 2:
+            optimizer.param_groups[0]["weight_decay"] = 0.5
+        step_of(model, optimizer, step=step)
+        assert torch.equal(outputs(model, 0), expected)
+
+
 # Ways of training -----------------------------------------------------------------------------------------------------
 
 
@@ -670,29 +779,33 @@ def test_a_step_after_the_task_has_ended_moves_nothing():
 # Hooks ----------------------------------------------------------------------------------------------------------------
 
 
-def global_hooks():
-    return len(torch_optimizer._global_optimizer_post_hooks)
-
-
 @pytest.fixture
-def hooks_before():
-    """How many global hooks there are, without those of earlier tests' models."""
+def guards_before():
+    """How many guards there are, without those of earlier tests' models."""
     gc.collect()
-    return global_hooks()
+    return len(_OPEN)
 
 
-def test_no_hook_outlives_the_task(hooks_before):
+def test_no_guard_outlives_the_task(guards_before):
     model = finished_model()
-    assert global_hooks() == hooks_before
+    assert len(_OPEN) == guards_before
     model.begin_task(1)
-    assert global_hooks() == hooks_before + 1
+    assert len(_OPEN) == guards_before + 1
     model.abort_task()
-    assert global_hooks() == hooks_before
+    assert len(_OPEN) == guards_before
     for parameter in model.parameters():
         assert not parameter._post_accumulate_grad_hooks
 
 
-def test_no_hook_outlives_its_model(hooks_before):
+def test_all_models_share_one_hook():
+    models = [finished_model() for _ in range(3)]
+    for model in models:
+        model.begin_task(1)
+    hooks = list(torch_optimizer._global_optimizer_post_hooks.values())
+    assert len([hook for hook in hooks if "hatify" in hook.__module__]) == 1
+
+
+def test_no_guard_outlives_its_model(guards_before):
     model = finished_model()
     model.begin_task(1)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
@@ -702,11 +815,29 @@ def test_no_hook_outlives_its_model(hooks_before):
     del model
     gc.collect()
     assert alive() is None
-    assert global_hooks() == hooks_before
+    assert len(_OPEN) == guards_before
     optimizer.step()
 
 
-def test_a_model_is_collected_in_every_state(hooks_before):
+def test_a_model_may_be_collected_while_hooks_are_called():
+    models = [finished_model(), finished_model()]
+    for model in models:
+        model.begin_task(1)
+    expected = outputs(models[0], 0)
+
+    def collect(*_):
+        del models[1:]
+        gc.collect()
+
+    handle = torch_optimizer.register_optimizer_step_post_hook(collect)
+    try:
+        step_of(models[0], optim.AdamW(models[0].parameters(), lr=0.1, weight_decay=0.5))
+    finally:
+        handle.remove()
+    assert torch.equal(outputs(models[0], 0), expected)
+
+
+def test_a_model_is_collected_in_every_state(guards_before):
     models = [make_model(), finished_model(), copy.deepcopy(finished_model())]
     open_ = finished_model()
     open_.begin_task(1)
@@ -715,7 +846,7 @@ def test_a_model_is_collected_in_every_state(hooks_before):
     del models, open_
     gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
-    assert global_hooks() == hooks_before
+    assert len(_OPEN) == guards_before
 
 
 def test_an_optimizer_of_something_else_is_left_alone():
