@@ -32,7 +32,7 @@ import hatify
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from networks import FRONTS, generate
-from oracles import broken_promises, difference, leaks, locks
+from oracles import broken_promises, leaks, locks, parity_errors
 
 NUM_TASKS = 3
 ROUNDING = 1e-5
@@ -73,17 +73,12 @@ def examine(front: str, seed: int, findings: Findings) -> None:
     try:
         original = generated.net.eval()
         coupled = source.choice((True, True, False))
-        model = hatify.hatify(original, NUM_TASKS, generated.inputs(2), couple=coupled).eval()
-        for batch in (generated.smallest_batch, 3):
-            inputs = generated.inputs(batch, seed=batch)
-            with torch.no_grad():
-                expected = original(*inputs)
-                for task in range(NUM_TASKS):
-                    model.set_task(task)
-                    error = difference(model(*inputs), expected)
-                    findings.largest_parity_error = max(findings.largest_parity_error, error)
-                    if error > ROUNDING:
-                        failed("parity_failures", error)
+        model = hatify.hatify(original, NUM_TASKS, generated.inputs(2), couple=coupled)
+        batches = [generated.inputs(size, seed=size) for size in (generated.smallest_batch, 3)]
+        for error in parity_errors(model, original, batches):
+            findings.largest_parity_error = max(findings.largest_parity_error, error)
+            if error > ROUNDING:
+                failed("parity_failures", error)
         for broken in broken_promises(model, generated.inputs, source, generated.smallest_batch):
             failed("changed_answers", broken)
         probes = [generated.inputs(max(generated.smallest_batch, size), seed=size) for size in (1, 3)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,17 @@ def difference(found: Any, expected: Any) -> float:
         assert torch.isfinite(x).all() and torch.isfinite(y).all()
         largest = max(largest, ((x - y).abs().max() / y.abs().max().clamp(min=1)).item())
     return largest
+
+
+def parity_errors(model: HatModel, original: nn.Module, batches: Iterable[Inputs]) -> Iterator[float]:
+    """`difference` from the original's outputs, for each batch and each task, in evaluation mode."""
+    model.eval()
+    for inputs in batches:
+        with torch.no_grad():
+            expected = original(*inputs)
+        for task in range(model.num_tasks):
+            with torch.no_grad(), model.task(task):
+                yield difference(model(*inputs), expected)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
