@@ -14,6 +14,7 @@ are larger, and everything runs under autocast to bfloat16.
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import gc
 import json
@@ -102,7 +103,7 @@ class Trainee:
 
     def __init__(self, network: nn.Module, setting: Setting, compiled: bool = False) -> None:
         batch = setting.gpu_batch if CUDA else setting.batch
-        self.network = network
+        self.network, self.regularised = network, isinstance(network, hatify.HatModel)
         self.call: Any = torch.compile(network, fullgraph=True) if compiled else network
         self.images = torch.randn(batch, 3, setting.edge, setting.edge, device=DEVICE)
         self.labels = torch.randint(CLASSES, (batch,), device=DEVICE)
@@ -116,7 +117,7 @@ class Trainee:
         """One training step."""
         with self.precision:
             loss = F.cross_entropy(self.call(self.images), self.labels)
-            if isinstance(self.network, hatify.HatModel):
+            if self.regularised:
                 loss = loss + 0.75 * self.network.regularization()
         self.optimizer.zero_grad()
         loss.backward()
@@ -204,7 +205,7 @@ def scaling_rows(steps: int) -> Iterator[Row]:
 
 
 def task_rows(steps: int) -> Iterator[Row]:
-    """begin_task with end_task, and the regularisation, in training steps."""
+    """begin_task with end_task, in training steps; and what the regularisation adds to a step."""
     for setting in SETTINGS[:2]:
         plain = timm.create_model(setting.model, num_classes=CLASSES).to(DEVICE).train()
         model = converted(plain, setting)
@@ -214,16 +215,15 @@ def task_rows(steps: int) -> Iterator[Row]:
             model.end_task()
             model.begin_task(1)
 
-        def regularise(model: hatify.HatModel = model) -> None:
-            model.regularization().backward()
-
         few = max(5, steps // 4)
-        for what, target, action in (
-            ("begin_task and end_task ÷ plain step", 2.0, begin_and_end),
-            ("regularisation ÷ plain step", 0.01, regularise),
-        ):
-            row = f"{setting.model}: {what}"
-            yield {"row": row, "model": setting.model, "target": target, **paired(trainee.train, action, few)}
+        row = f"{setting.model}: begin_task and end_task ÷ plain step"
+        yield {"row": row, "model": setting.model, "target": 2.0, **paired(trainee.train, begin_and_end, few)}
+        with_it = Trainee(model, setting)
+        without = copy.copy(with_it)
+        without.regularised = False
+        row = f"{setting.model}: step with regularisation ÷ without"
+        pairs = 4 * steps if setting.edge < 100 else steps
+        yield {"row": row, "model": setting.model, "target": 1.01, **paired(without.train, with_it.train, pairs)}
 
 
 def _peak(converts: bool, setting: Setting, answer: Any) -> None:

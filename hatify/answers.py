@@ -19,6 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from hatify.errors import HatError
 
+#: Attributes and methods of a tensor that do not depend on its values.
+QUESTIONS = frozenset({"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "size", "dim", "ndimension"})
+
+
+def asks(node: fx.Node) -> bool:
+    """Whether `node` asks a tensor for what does not depend on its values."""
+    return (node.args[1] if node.target is getattr else node.target) in QUESTIONS
+
 
 def check_size(found: Any, traced: Any) -> None:
     """Raise where a size that chose the traced path is another one now."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-#: Gate values below this are set to zero: they are far under float32's resolution beside 1, and arithmetic on the
+#: Gate values up to this are set to zero: they are far under float32's resolution beside 1, and arithmetic on the
 #: subnormal numbers a steep sigmoid produces is tens of times slower on a CPU.
 FLOOR = 2.0**-24
 #: Embeddings are kept within ± this after every optimizer step (Serrà et al. 2018, section 2.4): further out, the
@@ -20,8 +20,7 @@ EMBEDDING_LIMIT = 6.0
 class _Gate(Function):
     @staticmethod
     def forward(embedding: Tensor, scale: Tensor, s_max: float, clamp: float | None) -> Tensor:
-        gate = torch.sigmoid(scale * embedding)
-        return torch.where(gate < FLOOR, 0.0, gate)
+        return torch.threshold_(torch.sigmoid_(scale * embedding), FLOOR, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, float | None], output: Tensor) -> None:
@@ -31,8 +30,7 @@ class _Gate(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         embedding, scale = ctx.saved_tensors
-        # σ'(e) as σ(e)·σ(−e): the form σ(e)·(1 − σ(e)) cancels for large e.
-        compensated = grad * (ctx.s_max * torch.sigmoid(embedding) * torch.sigmoid(-embedding))
+        compensated = grad / torch.cosh(embedding).add_(1).mul_(2 / ctx.s_max)
         if ctx.clamp is not None:
             compensated = compensated * clamp_factor(scale * embedding, ctx.clamp)
         return compensated, None, None, None
@@ -51,7 +49,7 @@ def gate(embedding: Tensor, scale: Tensor, s_max: float, clamp: float | None = N
         clamp: reproduce the published implementation, which clamps |s·e| in Equation 3 at this value (50 there).
 
     Returns:
-        The gate a in [0, 1], shape and dtype of `embedding`; values below 2⁻²⁴ are exactly zero.
+        The gate a in [0, 1], shape and dtype of `embedding`; values up to 2⁻²⁴ are exactly zero.
     """
     return _Gate.apply(embedding, scale.to(embedding.dtype), s_max, clamp)
 

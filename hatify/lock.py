@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hatify.gate import EMBEDDING_LIMIT
 from hatify.labels import compact
 from hatify.nn.per_task import PER_TASK, owned_by
+from hatify.regularization import Capacity
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
@@ -169,7 +170,10 @@ class Guard:
         state = model.task_state
         self.was_finished = state.finished[task]
         others = [t for t, done in enumerate(state.finished) if done and t != task]
-        self.used = state.used(besides=task).to(state.embeddings[task].dtype)
+        used = state.used(besides=task).to(state.embeddings[task].dtype)
+        #: Layer by layer, and of the network as a whole.
+        self.capacity = Capacity.beside(used, state.layer, len(state.groups))
+        self.capacity_of_all = Capacity.beside(used, torch.zeros_like(state.layer), 1)
         self.embedding = state.embeddings[task]
         masks = state.finished_masks[others]
         tensors = dict(named_tensors(model))

@@ -344,13 +344,20 @@ class HatModel(fx.GraphModule):
         return {owner: masks[name] > 0 for owner, name in self._owners.items()}
 
     def regularization(self, per_layer: bool = True, quota: bool = True) -> Tensor:
-        """Equation 5 for the open task, a scalar to be added to the loss; see `capacity_regularization`."""
+        """Equation 5 for the open task, a scalar to be added to the loss; see `capacity_regularization`.
+
+        Args:
+            per_layer: False counts all features as one layer, the form of Serrà et al. 2018 (their Equation 6).
+            quota: subtract 1/T and clamp at zero.
+
+        Raises:
+            TaskError: no task is open.
+        """
         guard, task = self._require_open("regularization")
         state = self.task_state
         gates = gate(state.embeddings[task], state.scale, state.s_max, state.clamp)
-        return capacity_regularization(
-            gates, guard.used, state.layer, len(state.groups), self.num_tasks, per_layer, quota
-        )
+        capacity = guard.capacity if per_layer else guard.capacity_of_all
+        return capacity_regularization(gates, capacity, self.num_tasks, quota)
 
     # Internals -------------------------------------------------------------------------------------------------------
 

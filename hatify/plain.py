@@ -17,12 +17,12 @@ from hatify.axes import Dims
 from hatify.classify import detached_copy, is_altered
 from hatify.cutting import cut_along, cut_layer, cut_norm
 from hatify.model import HatModel
-from hatify.nn.functional import by_mode, masked, masked_off
+from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer
 from hatify.nn.norms import NORMS, _masked_affine, is_known
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
-from hatify.removal import Removal, children_of, is_mask, layer_family, mask_view
+from hatify.removal import Removal, children_of, is_mask, layer_family
 from hatify.resize import CannotCut, resized
 from hatify.rewrite import keeps_features_apart
 
@@ -229,7 +229,7 @@ class Writer:
     def _masked(self, node: fx.Node, x: Any) -> Any:
         """The product with a mask, left out where what is kept is on."""
         dims = self.removal.axes[node]
-        view = mask_view(self.removal.masks[node], [axis.kept.numel() for axis in dims], node.args[2])
+        view = view_along(self.removal.masks[node], node.args[2])  # type: ignore[arg-type]
         view = cut_along(view, dims).to(self.device)
         if self.removal.compact and view.all():
             return x

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hatify.answers import asks
 from hatify.census import Census, Entry
 from hatify.classify import Classification
 from hatify.errors import ConversionError
@@ -23,13 +24,13 @@ _SHARED = (Policy.SHARED, Policy.ROW, Policy.UNMASKED)
 
 @dataclass(frozen=True)
 class MaskedNode:
-    """A node whose output is masked: by which mask, along which of its dimensions (None: element by element).
+    """A node whose output is masked: by which mask, along which of its dimensions (or in which shape it broadcasts).
 
     Where the output is `steep`, gradients that are not finite may come back to features that are off.
     """
 
     mask: str
-    dim: int | None
+    dim: int | tuple[int, ...]
     ndim: int
     steep: bool = False
 
@@ -134,14 +135,15 @@ class _Planner:
             first = self.names[name]
             if first != name:
                 policy, reason = self.plan.tensors[first], f"the same tensor as {first}"
+            elif policy in _SHARED and self._read_by_its_layer_alone(name):
+                if kind == "buffer":
+                    policy, reason = Policy.CONSTANT, "only read"
             elif name in self.read and kind == "parameter":
                 policy, reason = self._raw_parameter(name, value, policy, reason)
             elif name in self.read:
                 moving = name in self.findings.moving
                 policy = Policy.PER_TASK if moving else Policy.CONSTANT
                 reason = "written to by the forward pass" if moving else "only read"
-            elif policy in _SHARED and kind == "buffer":
-                policy, reason = Policy.CONSTANT, "only read"
             self.plan.tensors[first] = policy
             entries.append(Entry(name, kind, policy, tuple(value.shape), reason))
         self.plan.census = Census(entries)
@@ -155,6 +157,9 @@ class _Planner:
             if path in self.policies:
                 return self.policies[path]
         return Policy.UNUSED, "not read by the forward pass"
+
+    def _read_by_its_layer_alone(self, name: str) -> bool:
+        return all(asks(user) for node in self.read.get(name, ()) for user in node.users)
 
     def _use(self, name: str, use: Use) -> None:
         self.plan.uses.setdefault(self.names[name], []).append(use)
@@ -195,9 +200,9 @@ class _Planner:
     def _mask_source(self, name: str, value: Tensor, index: Tensor) -> None:
         """Mask a raw parameter where it is read, along the dimension its features lie in."""
         dims = [d for d, n in enumerate(index.shape[:-1]) if n > 1]
-        dim = None if len(dims) > 1 else (dims[0] if dims else value.ndim - 1)
-        if dim is None:
-            index = index.expand(*value.shape, -1)
+        dim: int | tuple[int, ...] = dims[0] if dims else value.ndim - 1
+        if len(dims) > 1:
+            dim, index = tuple(value.shape), index.expand(*value.shape, -1)
         mask = self.slots.name(name, index.reshape(-1, index.shape[-1]))
         assert mask is not None
         self.plan.owners[name] = mask

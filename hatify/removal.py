@@ -8,7 +8,7 @@ is what contributes nothing. Operations that are not known here need everything.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hatify.answers import asks
 from hatify.axes import Axis, Dims, Grouped, Moved, Relation, any_but
 from hatify.classify import Classification, is_plain
 from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.model import HatModel
-from hatify.nn.functional import by_mode, masked, masked_off
+from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer, family_of
 from hatify.nn.norms import FEATURE_DIMS, NORMS, is_known, zero_at_zero
 from hatify.nn.per_task import PerTaskNorm, PerTaskTensor
@@ -31,8 +32,6 @@ from hatify.rules import RULES, Call, Findings, Labels, constant_labels, contrac
 from hatify.support import SupportInterpreter
 from hatify.trace import reads_training_flag
 
-#: Questions about a value that do not depend on how many features it has.
-_QUESTIONS = {"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "size", "dim", "ndimension"}
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
@@ -104,7 +103,7 @@ class Removal(SupportInterpreter):
             self.masks[node] = mask
         if node.target in (masked, masked_off):
             assert mask is not None
-            view = mask_view(mask, out.shape, node.args[2])
+            view = view_along(mask, node.args[2])  # type: ignore[arg-type]
             return torch.where(view != 0, self._labels_of(node.args[0]), ZERO).expand(out.shape)
         if node.op != "call_module":
             return super()._labels(node, out)
@@ -149,9 +148,8 @@ class Removal(SupportInterpreter):
         if node.target in (masked, masked_off):
             return self._elementwise([self.axes[node], self.axes[node.args[0]]])  # type: ignore[index]
         if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
-            name = node.args[1] if node.target is getattr else node.target
-            asks = any(isinstance(self.env[n], Tensor) for n in node.all_input_nodes)
-            return name in _QUESTIONS or node.target is by_mode or not asks
+            of_tensors = any(isinstance(self.env[n], Tensor) for n in node.all_input_nodes)
+            return asks(node) or node.target is by_mode or not of_tensors
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         call = Call(node, args, kwargs, out, None, self.space, self.findings, self._labels_of)
         if node.op == "call_module":
@@ -482,11 +480,6 @@ def feature_dim(module: Any, ndim: int, mask: Tensor) -> int:
         return ndim + family.dims(module)[1]
     dims = FEATURE_DIMS[type(module)](module, ndim)
     return dims[0] if len(dims) == 1 else dims[module.normalized_shape.index(mask.numel())]
-
-
-def mask_view(mask: Tensor, shape: Sequence[int], dim: Any) -> Tensor:
-    """A mask as `hatify.nn.functional.masked` broadcasts it along `dim` (negative; None: element by element)."""
-    return mask.view(tuple(shape) if dim is None else (-1, *(1,) * (-1 - dim)))
 
 
 def may_be_nonzero(labels: Tensor, dim: int) -> Tensor:

@@ -149,7 +149,7 @@ def _apply(
             node.kwargs = {**node.kwargs, "mask": mask}
             if zero_at_zero(norm):
                 return
-    dim = None if planned.dim is None else planned.dim - planned.ndim
+    dim = planned.dim - planned.ndim if isinstance(planned.dim, int) else planned.dim
     graph = node.graph
     with graph.inserting_after(mask if node.op == "placeholder" else node):
         product = graph.call_function(masked_off if planned.steep else masked, (node, mask, dim))

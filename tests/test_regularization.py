@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hatify import hatify
-from hatify.regularization import capacity_regularization
+from hatify.regularization import Capacity, capacity_regularization
 
 # One list per layer, of (gate, used by an earlier task) per feature.
 feature = st.tuples(st.floats(0, 1), st.booleans())
@@ -24,12 +24,13 @@ def equation_5(layers, num_tasks):
     return sum(max(share(features) - 1 / num_tasks, 0.0) for features in layers)
 
 
-def regularization(layers, num_tasks=5, **options):
+def regularization(layers, num_tasks=5, per_layer=True, quota=True):
     flat = [feature for features in layers for feature in features]
     gates = torch.tensor([a for a, _ in flat], dtype=torch.float64, requires_grad=True)
     used = torch.tensor([used for _, used in flat], dtype=torch.float64)
-    layer = torch.tensor([i for i, features in enumerate(layers) for _ in features])
-    return gates, capacity_regularization(gates, used, layer, len(layers), num_tasks, **options)
+    layer = torch.tensor([i if per_layer else 0 for i, features in enumerate(layers) for _ in features])
+    capacity = Capacity.beside(used, layer, len(layers) if per_layer else 1)
+    return gates, capacity_regularization(gates, capacity, num_tasks, quota)
 
 
 @given(networks, st.integers(1, 10))

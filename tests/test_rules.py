@@ -434,12 +434,10 @@ def _normalisations() -> Iterator[Case]:
             continue
         functional = key.__module__.startswith("torch.nn")
         name = key.__name__
-        if name == "batch_norm":
-            rest: tuple[Any, ...] = (mean, variance, weight, bias, False, 0.1, 1e-5)
-            yield call(key, x(3, 4, 5), *rest, *(() if functional else (False,)))
-        elif name == "instance_norm":
-            rest = (mean, variance, weight, bias, True, 0.1, 1e-5)
-            yield call(key, x(3, 4, 5), *rest, *(() if functional else (False,)))
+        if name in ("batch_norm", "instance_norm"):
+            given = (mean, variance, weight, bias) if functional else (weight, bias, mean, variance)
+            rest = (name == "instance_norm", 0.1, 1e-5, *(() if functional else (False,)))
+            yield call(key, x(3, 4, 5), *given, *rest)
         elif name == "layer_norm":
             yield call(key, x(3, 5, 4), (4,), weight, bias)
             yield call(key, x(3, 4, 5), (4, 5))
@@ -480,9 +478,8 @@ class Masked(fx.Interpreter):
         value = super().run_node(n)
         if n in self.findings.masks:
             labels, dim, ndim = self.findings.masks[n]
-            assert value.ndim == ndim and value.shape[dim] == labels.numel()
-            shape = [1] * ndim
-            shape[dim] = -1
+            assert value.ndim == ndim
+            shape = dim if isinstance(dim, tuple) else (-1, *(1,) * (ndim - 1 - dim))
             value = value * self.on(labels).view(shape)
         return value
 

@@ -5,6 +5,7 @@ Activations are smooth and numbers are double, so a weight that matters has a de
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -269,6 +270,41 @@ class ZeroChannels(nn.Module):
         return self.head(torch.tanh(self.layer(F.pad(x, (1, 2)) + self.wide(torch.tanh(x)))))
 
 
+class BorderOfInfinity(nn.Module):
+    """Max pooling with the padding of TensorFlow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(2, 4, 2), nn.Conv2d(4, 5, 2), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.pad(self.first(x), (0, 1, 0, 1), value=-math.inf), 2, 1)
+        return self.head(torch.tanh(self.second(x)).mean((2, 3)))
+
+
+class LinearAttention(nn.Module):
+    """q (softmax(k)ᵀ v), with heads, the softmax over tokens, and q normalised in each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(3, 8), nn.Linear(3, 8, bias=False), nn.Linear(3, 6)
+        self.proj, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (2, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        y = F.rms_norm(q, (4,)) @ (k.softmax(-2).transpose(-1, -2) @ v)
+        return self.head(torch.tanh(self.proj(y.transpose(1, 2).flatten(2))).mean(1))
+
+
+class AsksForDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x.to(self.layer.weight.dtype).to(self.layer.weight.device))))
+
+
 #: Network, shape of an input, number of parts in which features must be on.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "gate": (Gated, (3,), 1),
@@ -277,6 +313,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "functional layer": (Functional, (3,), 1),
     "zero channels": (ZeroChannels, (3,), 1),
     "transformer": (Transformer, (4, 3), 1),
+    "border of infinity": (BorderOfInfinity, (2, 4, 4), 1),
+    "linear attention": (LinearAttention, (4, 3), 2),
+    "weight asked for its dtype": (AsksForDtype, (3,), 1),
     "transposed convolution": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 2, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(64, 2)), (2, 2, 2), 1
     ),

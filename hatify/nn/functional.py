@@ -11,13 +11,14 @@ from torch.autograd import Function
 T = TypeVar("T")
 
 
-def masked(x: Tensor, mask: Tensor, dim: int | None) -> Tensor:
-    """Equation 1's product: `x` with its features along `dim` (negative) multiplied by `mask`, shape (features,).
+def view_along(mask: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """`mask`, shape (features,), as it broadcasts along `dim`, negative; or in a shape, for several dimensions."""
+    return mask.view((-1, *(1,) * (-1 - dim)) if isinstance(dim, int) else dim)
 
-    With ``dim=None`` the mask has one entry for every element of `x`.
-    """
-    shape = x.shape if dim is None else (-1, *(1,) * (-1 - dim))
-    return x * mask.to(x.dtype).view(shape)
+
+def masked(x: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Equation 1's product: `x` with its features multiplied by `mask`, which lies in it as `view_along` says."""
+    return x * view_along(mask.to(x.dtype), dim)
 
 
 class _MaskedOff(Function):
@@ -36,13 +37,12 @@ class _MaskedOff(Function):
         return grad * mask, torch.where(mask == 0, 0.0, grad * x).sum_to_size(mask.shape)
 
 
-def masked_off(x: Tensor, mask: Tensor, dim: int | None) -> Tensor:
+def masked_off(x: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """`masked`, but a feature that is off is zero whatever its value was, and nothing at all flows back through it.
 
     For outputs that are infinite, or meet a function which is infinitely steep, at zero: ∞ · 0 is not a number.
     """
-    shape = x.shape if dim is None else (-1, *(1,) * (-1 - dim))
-    return _MaskedOff.apply(x, mask.to(x.dtype).view(shape))
+    return _MaskedOff.apply(x, view_along(mask.to(x.dtype), dim))
 
 
 def by_mode(training: bool, in_training: T, in_evaluation: T) -> T:

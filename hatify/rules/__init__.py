@@ -1,6 +1,6 @@
 """How support labels pass through each operation; importing this package registers every rule."""
 
-from hatify.rules import contraction, movement, pointwise, reduction
+from hatify.rules import contraction, movement, normalization, pointwise, reduction
 from hatify.rules.registry import RULES, Call, Findings, Labels, constant_labels, rule
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "constant_labels",
     "contraction",
     "movement",
+    "normalization",
     "pointwise",
     "reduction",
     "rule",

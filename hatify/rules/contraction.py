@@ -18,27 +18,32 @@ def matmul(call: Call) -> Labels:
     """(… M K) @ (… K N): a column is non-zero only where the second operand's column is, a row only where the
     first's row is. Features contracted with each other (queries and keys) are coupled.
 
-    Of the two bounds, the one that tells more features apart is kept."""
+    Of the two bounds, the one that tells more features apart is kept; the other is remembered, for linear attention,
+    q (kᵀ v), contracts q with it."""
     second = "other" if call.given(1, "mat2") is None else "mat2"
     a, b = call.label(0), call.label(1, second)
     if a.ndim < 2 or b.ndim < 2:
         return call.all_on()
-    return _product(call, a, b)
+    return _product(call, a, b, call.given(0, "input"), call.given(1, second))
 
 
-def _product(call: Call, a: Tensor, b: Tensor) -> Tensor:
+def _product(call: Call, a: Tensor, b: Tensor, *operands: fx.Node) -> Tensor:
     """Labels of ``a @ b``, both at least two-dimensional."""
+    across_a, across_b = (call.findings.across.get(node) for node in operands) if operands else (None, None)
     contracted_a, contracted_b = (a.ndim - 1) in varying_dims(a), (b.ndim - 2) in varying_dims(b)
-    if contracted_a and contracted_b:
+    queries, keys = a if contracted_a else across_a, b if contracted_b else across_b
+    if queries is not None and keys is not None:
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        keys = call.space.merge(b, [b.ndim - 1]).transpose(-1, -2).expand(*batch, 1, b.shape[-2])
-        queries = call.space.merge(a, [a.ndim - 2]).expand(*batch, 1, a.shape[-1])
+        queries = call.space.merge(queries, [-2]).expand(*batch, 1, a.shape[-1])
+        keys = call.space.merge(keys, [-1]).transpose(-1, -2).expand(*batch, 1, b.shape[-2])
         call.space.meet(queries, keys)
     shape = call.out.shape
     rows = torch.tensor(ON) if contracted_a else a[..., :1]
     columns = _agreed(compact(b)) if contracted_b else b[..., :1, :]
     kept, other = (rows, columns) if _width(rows) > _width(columns) else (columns, rows)
     call.findings.weighing.append(torch.where(is_leaf(kept), other, ON))
+    if is_leaf(kept).any() and is_leaf(other).any():
+        call.findings.across[call.node] = other.expand(shape)
     return torch.where(kept == ON, other, kept).expand(shape)
 
 

@@ -8,24 +8,25 @@ from torch.nn import functional as F
 
 from hatify.rules.registry import Call, Labels, rule
 
-# Positions of (weight, bias, running buffers) in each function's signature, and whether features lie along dim 1.
+#: Positions of (weight, bias, running buffers) in each function's signature, and whether features lie along dim 1.
 _SIGNATURES = {
-    "batch_norm": (3, 4, (1, 2), True),
-    "instance_norm": (3, 4, (1, 2), True),
-    "layer_norm": (2, 3, (), False),
-    "group_norm": (2, 3, (), True),
-    "rms_norm": (2, None, (), False),
+    F.batch_norm: (3, 4, (1, 2), True),
+    F.instance_norm: (3, 4, (1, 2), True),
+    F.layer_norm: (2, 3, (), False),
+    F.group_norm: (2, 3, (), True),
+    F.rms_norm: (2, None, (), False),
+    torch.batch_norm: (1, 2, (3, 4), True),
+    torch.instance_norm: (1, 2, (3, 4), True),
+    torch.layer_norm: (2, 3, (), False),
+    torch.group_norm: (2, 3, (), True),
+    torch.rms_norm: (2, None, (), False),
 }
 
 
-@rule(
-    F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm, F.rms_norm,
-    torch.batch_norm, torch.instance_norm, torch.layer_norm, torch.group_norm, torch.rms_norm,
-)  # fmt: skip
+@rule(*_SIGNATURES)
 def functional_norm(call: Call) -> Labels:
     """The features stay where they are; weight and bias share their masks; running statistics move in training."""
-    name = call.node.target.__name__  # type: ignore[union-attr]
-    weight, bias, buffers, channels_first = _SIGNATURES[name]
+    weight, bias, buffers, channels_first = _SIGNATURES[call.node.target]  # type: ignore[index]
     labels: Tensor = call.label(0)
     for position, keyword in ((weight, "weight"), (bias, "bias")):
         affine = None if position is None else call.labels_of(call.given(position, keyword))

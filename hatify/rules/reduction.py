@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hatify.labels import ON, compact, is_leaf, varying_dims
+from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.rules.registry import Call, Labels, rule
 
 
@@ -25,14 +25,22 @@ from hatify.rules.registry import Call, Labels, rule
     nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
 )  # fmt: skip
 def spatial(call: Call) -> Labels:
-    """Pooling and resampling work within a channel."""
+    """Pooling and resampling work within a channel.
+
+    A mask behind them keeps positions that are ON (a border padded with −∞, say) from filling features that are off.
+    """
     labels = call.label(0)
     if not isinstance(call.out, Tensor):
         return call.all_on()
     named = re.search(r"([123])d$", type(call.module).__name__ if call.module is not None else _name(call))
     positions = int(named[1]) if named and "pool" in named.string.lower() else labels.ndim - 2
-    merged = call.space.merge(labels, range(labels.ndim - positions, labels.ndim))
-    return merged.expand(call.out.shape)
+    dims = range(labels.ndim - positions, labels.ndim)
+    merged = call.space.merge(labels, dims).expand(call.out.shape)
+    if not (compact(merged) == ON).any():
+        return merged
+    features = call.space.merge(torch.where(compact(labels) == ON, ZERO, compact(labels)), dims).expand(call.out.shape)
+    filled = (compact(merged) == ON) & is_leaf(compact(features))
+    return call.mask(torch.where(filled, features, merged)) if filled.any() else merged
 
 
 @rule(
@@ -71,14 +79,16 @@ def _like_output(call: Call, labels: Tensor) -> Labels:
 def mixing(call: Call) -> Labels:
     """Every output along the dimension depends on every input; features along a later dimension stay where they are.
 
-    Along an earlier one they are attention weights' heads, which are not what the values they weigh depend on.
+    If all lie along earlier ones they are attention weights' heads, which are not what the values they weigh depend on.
     """
     labels, dim = call.label(0), call.argument(1, "dim", getattr(call.module, "dim", None))
     if not isinstance(dim, int) or labels.shape != call.out.shape:
         return call.all_on()
-    if any(d <= dim % labels.ndim for d in varying_dims(labels)):
-        if dim % labels.ndim not in varying_dims(labels):
-            call.findings.weighing.append(labels)
+    dim, varying = dim % labels.ndim, varying_dims(labels)
+    if dim in varying:
+        return call.all_on()
+    if varying and max(varying) < dim:
+        call.findings.weighing.append(labels)
         return call.all_on()
     return call.mask(labels)
 

@@ -45,9 +45,11 @@ class Findings:
 
     #: Labels of the input features a weighted layer's call reads: {parameter or module: [labels (I,), …]}.
     reads: dict[str, list[Tensor]] = field(default_factory=dict)
-    #: Nodes whose output gets a mask, with the labels (features,), the feature dimension, and how many dimensions
-    #: the output has.
-    masks: dict[fx.Node, tuple[Tensor, int, int]] = field(default_factory=dict)
+    #: Nodes whose output gets a mask, with the labels (features,), the feature dimension (for several: the shape in
+    #: which the mask broadcasts), and how many dimensions the output has.
+    masks: dict[fx.Node, tuple[Tensor, int | tuple[int, ...], int]] = field(default_factory=dict)
+    #: Of matrix products whose rows and columns are both features: the labels that the product's own do not tell.
+    across: dict[fx.Node, Tensor] = field(default_factory=dict)
     #: Labels of features that end in the weights with which others are summed, such as attention's heads.
     weighing: list[Tensor] = field(default_factory=list)
     #: Buffers that the forward pass writes to.
@@ -97,8 +99,9 @@ class Call:
     def mask(self, labels: Tensor, zero_stays: bool = False) -> Tensor:
         """Ask for a mask on this node's output, so that its support becomes `labels`; ON where that cannot be.
 
-        A mask can be inserted where the features lie along one dimension. Labels that hold no leaf need none. What was
-        always zero is ON afterwards, unless the operation maps zero to zero there.
+        A mask can be inserted where the features lie along one dimension, or along several with one at each place, such
+        as (heads, features of a head). Labels that hold no leaf need none. What was always zero is ON afterwards,
+        unless the operation maps zero to zero there.
         """
         out = self.out
         if labels.shape != out.shape or self.never_masked or not (out.is_floating_point() or out.is_complex()):
@@ -106,14 +109,15 @@ class Call:
         if not zero_stays:
             labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
         dims = varying_dims(labels)
-        if len(dims) > 1 or not is_leaf(compact(labels)).any():
-            return self.all_on() if len(dims) > 1 else labels
-        dim = dims[0] if dims else out.ndim - 1
-        index = [0] * out.ndim
-        vector = (
-            labels[tuple(slice(None) if d == dim else 0 for d in range(out.ndim))] if dims else labels[tuple(index)]
-        )
-        self.findings.masks[self.node] = (vector.reshape(-1), dim, out.ndim)
+        if not is_leaf(compact(labels)).any():
+            return labels if len(dims) < 2 else self.all_on()
+        dim: int | tuple[int, ...] = dims[0] if dims else out.ndim - 1
+        vector = labels[tuple(slice(None) if d in dims else 0 for d in range(out.ndim))].reshape(-1)
+        if len(dims) > 1:
+            if dims[0] == 0 or len(vector.unique()) < len(vector):
+                return self.all_on()
+            dim = tuple(size if d in dims else 1 for d, size in enumerate(out.shape) if d >= dims[0])
+        self.findings.masks[self.node] = (vector, dim, out.ndim)
         return labels
 
 
