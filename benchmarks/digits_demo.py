@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=8, help="epochs per task (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("digits_demo.png"), help="picture (%(default)s)")
+    parser.add_argument("--clamp", type=float, help="of |s·e| in Equation 3 (default: none)")
     parser.add_argument("--fast", action="store_true", help="one epoch per task: shows that it runs, no more")
     args = parser.parse_args()
     epochs = 1 if args.fast else args.epochs
@@ -66,7 +67,9 @@ def main() -> int:
     net = timm.create_model(args.model, pretrained=False, in_chans=1, num_classes=10)
     # Steeper than usual: gradients of the masks grow with s_max, and seventy steps a task are few for layers of up to
     # 512 features.
-    model = hatify.hatify(net, NUM_TASKS, example_inputs=(train[0][0][:2],), num_classes=2, s_max=400.0)
+    model = hatify.hatify(
+        net, NUM_TASKS, example_inputs=(train[0][0][:2],), num_classes=2, s_max=400.0, clamp=args.clamp
+    )
     record = Record([f"{2 * task}/{2 * task + 1}" for task in range(NUM_TASKS)], test)
 
     console = Console()

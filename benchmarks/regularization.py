@@ -31,7 +31,9 @@ import hatify
 TASKS, BATCH, S_MAX = 5, 32, 100.0
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 #: (compensation factor, clamp); factor None: no compensation.
-COMPENSATIONS = ((None, None), (10.0, None), (30.0, None), (100.0, None), (300.0, None), (100.0, 50.0), (300.0, 50.0))
+COMPENSATIONS = (
+    (None, None), (10.0, None), (30.0, None), (100.0, None), (300.0, None), (100.0, 17.0), (100.0, 50.0), (300.0, 50.0)
+)  # fmt: skip
 
 
 def rescale(model: hatify.HatModel, task: int, factor: float | None) -> None:
@@ -105,7 +107,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--epochs", type=int, default=8, help="per task (%(default)s)")
     results = Path(__file__).parent / "results"

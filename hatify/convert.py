@@ -56,7 +56,8 @@ def hatify(
         s_max: upper bound of the mask scale, above 1.
         policies: {module name: ``"shared"``, ``"row"``, ``"unmasked"``, ``"per_task"`` or ``"head"``} overrides what
             is planned; a module named ``"per_task"`` is not traced into.
-        clamp: reproduce the published clamp of |s·e| in Equation 3 (50 there); None for the exact form.
+        clamp: masks with |s·e| above it hold still, by Equation 3 as published, with 50. None: the exact form, with
+            which masks of wide layers move far enough, and move without a schedule, too (docs/experiments.md).
         mask_inputs: give every floating-point input of two or more dimensions a mask of its own, so that a task also
             chooses the input features it reads: those along the dimension that the first weighted layer contracts,
             else dimension 1 of an (N, C, H, W, …) and the last dimension of an (N, F) or (N, tokens, F) input.
