@@ -15,7 +15,7 @@ from hatify.errors import ConversionError
 from hatify.nn.layers import LAYERS, HatLayer, family_of
 from hatify.nn.norms import is_known
 from hatify.policy import SELECTABLE, Policy
-from hatify.rules.contraction import FUNCTIONAL_LAYERS
+from hatify.rules.contraction import FUNCTIONAL_LAYERS, weight_of
 from hatify.rules.movement import run_on_labels
 from hatify.rules.registry import RULES
 
@@ -242,9 +242,9 @@ def _layers_behind(
     if node.op == "call_module" and node.target in owning:
         return {str(node.target)} if family_of(owning[str(node.target)]) else None
     if node.target in FUNCTIONAL_LAYERS:
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        weight = weight_of(node)
         direct = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        return {str(weight.target)} if direct else None  # type: ignore[union-attr]
+        return {str(weight.target)} if direct else None
     if node.op == "call_module":
         allowed = _is_movement(type(net.get_submodule(str(node.target)))) or not isinstance(
             net.get_submodule(str(node.target)), tuple(LAYERS)

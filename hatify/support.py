@@ -15,6 +15,7 @@ from hatify.labels import ON, LabelSpace, compact
 from hatify.nn.layers import family_of
 from hatify.policy import Policy
 from hatify.rules import RULES
+from hatify.rules.contraction import is_only_a_weight
 from hatify.rules.layers import like_input, module_labels
 from hatify.rules.movement import found_to_move
 from hatify.rules.registry import Call, Findings, Labels, constant_labels, scalar_label
@@ -76,7 +77,7 @@ class SupportInterpreter(fx.Interpreter):
         if node.op == "placeholder":
             return self._input_labels(node, out) if self.mask_inputs else constant_labels(out, ON)
         if node.op == "get_attr":
-            raw = isinstance(out, nn.Parameter) and out.is_floating_point()
+            raw = isinstance(out, nn.Parameter) and out.is_floating_point() and not is_only_a_weight(node)
             return self.space.raw_leaves(str(node.target), out.shape) if raw else constant_labels(out, 1)
         if node.op == "output":
             return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from hatify.answers import asks
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.rules.reduction import read_along
 from hatify.rules.registry import Call, Labels, rule
@@ -124,13 +126,33 @@ FUNCTIONAL_LAYERS = (
 )  # fmt: skip
 
 
+def weight_of(layer: fx.Node) -> Any:
+    """The weight that is given to a layer written as a function."""
+    return layer.args[1] if len(layer.args) > 1 else layer.kwargs.get("weight")
+
+
+def groups_of(layer: fx.Node) -> Any:
+    """The number of groups of a layer written as a function."""
+    if "conv" not in str(layer.target):
+        return 1
+    return layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
+
+
+def is_only_a_weight(parameter: fx.Node) -> bool:
+    """Whether nothing but layers written as functions reads a parameter here: its entries need no labels."""
+    return all(
+        asks(user) or (user.target in FUNCTIONAL_LAYERS and weight_of(user) is parameter and groups_of(user) == 1)
+        for user in parameter.users
+    )
+
+
 @rule(*FUNCTIONAL_LAYERS)
 def functional_layer(call: Call) -> Labels:
     """A layer written as a function. A weight read straight from a parameter is shared like a layer's own."""
-    weight_node, bias_node = call.given(1, "weight"), call.given(2, "bias")
+    weight_node, bias_node = weight_of(call.node), call.given(2, "bias")
     direct = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
     source = str(weight_node.target) if direct else None
-    groups = call.argument(6, "groups", 1) if "conv" in str(call.node.target) else 1
+    groups = groups_of(call.node)
     weight = call.argument(1, "weight")
     dim = -1 if weight.ndim == 2 else 1 - weight.ndim
     if source is None or groups != 1:
