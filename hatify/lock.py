@@ -90,7 +90,7 @@ class _Partial:
     def restore(self) -> None:
         """Put the locked entries back."""
         if self.runs is None:
-            self.parameter.copy_(torch.where(self.lock, self.saved, self.parameter))
+            torch.where(self.lock, self.saved, self.parameter, out=self.parameter)
         else:
             saved = self.saved.view(-1, self.kernel)
             self.parameter.view(-1, self.kernel).index_copy_(0, self.runs, saved[self.runs])

@@ -23,7 +23,7 @@ def remembered(module: nn.Module, mask: Tensor, compute: Callable[[], T]) -> T:
     """
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return compute()
-    parameters = list(module.parameters(recurse=False))
+    parameters = [p for p in module._parameters.values() if p is not None]
     if mask.is_inference() or any(p.is_inference() for p in parameters):
         return compute()
     versions = tuple((p._version, p.data_ptr()) for p in parameters)

@@ -201,7 +201,7 @@ def _masked_affine(norm: Any, a: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _activated(norm: Any, y: Tensor) -> Tensor:
     for name in ("drop", "act"):
-        stage = getattr(norm, name, None)
+        stage = norm._modules.get(name)
         y = y if stage is None else stage(y)
     return y
 

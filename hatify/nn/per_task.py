@@ -31,7 +31,8 @@ class PerTaskNorm(PerTask):
     """One normalisation per task; with a mask of shape (features,), statistics are taken over the active features."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        norm = self[self.task]
+        norm = self._modules[str(self.task)]
+        assert norm is not None
         return norm(x) if mask is None else NORMS[type(norm)](norm, x, mask)
 
 
