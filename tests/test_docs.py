@@ -6,7 +6,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import hatify
 from hatify.rules import RULES
 
 matplotlib.use("Agg")
@@ -33,6 +37,22 @@ def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch):
     for block in re.finditer(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         line = page.read_text(encoding="utf-8")[: block.start()].count("\n")
         exec(compile("\n" * (line + 1) + block[1], str(page), "exec"), namespace)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lightning_module_trains_one_task_after_the_other(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    monkeypatch.chdir(tmp_path)
+    tasks = [TensorDataset(torch.randn(64, 8), torch.randint(2, (64,))) for _ in range(2)]
+    model = hatify.hatify(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), 2, torch.randn(2, 8))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    namespace = {"L": lightning, "torch": torch, "F": F, "hatify": hatify, "model": model}
+    namespace["loaders"] = [DataLoader(task, batch_size=16) for task in tasks]
+    page = (DOCS / "how-to" / "loops.md").read_text(encoding="utf-8")
+    exec(re.search(r"```py\n(.*?)```", page, re.DOTALL)[1], namespace)
+    assert model.finished_tasks == (0, 1)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in model.uses)
+    hatify.verify_isolation(model, torch.randn(4, 8))
 
 
 def test_pictures_shown_are_those_of_committed_results():
