@@ -8,9 +8,9 @@ have stride 0, so a convolution's output costs as many labels as it has channels
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -75,21 +75,22 @@ class LabelSpace:
         """Labels of a sum: non-zero where `a` or `b` may be. Leaves that meet are coupled."""
         a, b = torch.broadcast_tensors(a, b)
         shape = a.shape
-        a, b = compact_pair(a, b)
+        a, b, spread = condensed_pair(a, b)
         combined = torch.where(a == ZERO, b, torch.where(b == ZERO, a, self._meet(a, b, union=True)))
-        return combined.masked_fill((a == ON) | (b == ON), ON).expand(shape)
+        return spread(combined.masked_fill((a == ON) | (b == ON), ON)).expand(shape)
 
     def both(self, a: Tensor, b: Tensor) -> Tensor:
         """Labels of a product: non-zero only where `a` and `b` may both be. Leaves that meet are coupled."""
         a, b = torch.broadcast_tensors(a, b)
         shape = a.shape
-        a, b = compact_pair(a, b)
+        a, b, spread = condensed_pair(a, b)
         combined = torch.where(a == ON, b, torch.where(b == ON, a, self._meet(a, b, union=False)))
-        return combined.masked_fill((a == ZERO) | (b == ZERO), ZERO).expand(shape)
+        return spread(combined.masked_fill((a == ZERO) | (b == ZERO), ZERO)).expand(shape)
 
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Couple the leaves of `a` and `b`, element by element."""
-        self._meet(*compact_pair(*torch.broadcast_tensors(a, b)), union=False)
+        a, b, _ = condensed_pair(*torch.broadcast_tensors(a, b))
+        self._meet(a, b, union=False)
 
     def _meet(self, a: Tensor, b: Tensor, union: bool) -> Tensor:
         """The label where two leaves or sets meet (elsewhere: `a`); for a product, either one bounds the support."""
@@ -222,3 +223,30 @@ def compact_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two label tensors of one shape, with the dimensions along which both are constant reduced to size 1."""
     small_a, small_b = compact(a), compact(b)
     return torch.broadcast_tensors(small_a, small_b)
+
+
+#: Labels of fewer elements are not worth looking for runs in.
+_MANY = 1 << 16
+
+
+def condensed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """`compact_pair`, with runs of equal slices along a dimension reduced to one each; and what undoes that.
+
+    A class token makes labels differ between tokens; all patches behind it are one run.
+    """
+    a, b = compact_pair(a, b)
+    for d, size in enumerate(a.shape if a.numel() > _MANY else ()):
+        lines = (x.movedim(d, -1)[(0,) * (x.ndim - 1)].unsqueeze(0) for x in (a, b))
+        if size == 1 or _changes(*lines).sum() > size // 4:
+            continue
+        rows = [x.movedim(d, -1).reshape(-1, size) for x in (a, b)]
+        run = torch.cat((torch.zeros(1, dtype=torch.int64), _changes(*rows).cumsum(0)))
+        if run[-1] <= size // 4:
+            first = torch.cat((torch.zeros(1, dtype=torch.int64), run.diff().nonzero().squeeze(1) + 1))
+            return a.index_select(d, first), b.index_select(d, first), partial(torch.index_select, dim=d, index=run)
+    return a, b, lambda c: c
+
+
+def _changes(a: Tensor, b: Tensor) -> Tensor:
+    """Where a column of `a` or `b`, both (rows, n), is not the one before it: bool, shape (n - 1,)."""
+    return ((a[:, 1:] != a[:, :-1]) | (b[:, 1:] != b[:, :-1])).any(0)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from unittest import mock
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hatify.labels import FIRST_RAW, ON, ZERO, LabelSpace, compact, connected_components, is_leaf, varying_dims
+from hatify.labels import (
+    FIRST_RAW,
+    ON,
+    ZERO,
+    LabelSpace,
+    compact,
+    condensed_pair,
+    connected_components,
+    is_leaf,
+    varying_dims,
+)
 
 FEATURES = 6
 RAWS = 3
@@ -238,6 +249,41 @@ def test_a_reduction_couples_what_it_brings_together(data: st.DataObject) -> Non
 
 
 # Structure -----------------------------------------------------------------------------------------------------------
+
+
+def with_runs(source: random.Random, shape: list[int], alphabet: list[int]) -> Tensor:
+    """Labels with runs of equal slices along a dimension."""
+    dim = source.randrange(len(shape))
+    short = [source.randint(1, 3) if d == dim else n for d, n in enumerate(shape)]
+    labels = torch.tensor([source.choice(alphabet) for _ in range(torch.Size(short).numel())]).view(short)
+    repeats = [1 if i else shape[dim] - short[dim] + 1 for i in range(short[dim])]
+    source.shuffle(repeats)
+    return labels.repeat_interleave(torch.tensor(repeats), dim)
+
+
+@given(st.booleans(), sources)
+def test_runs_of_equal_slices_change_nothing(couple: bool, source: random.Random) -> None:
+    shape = [source.randint(3, 12) for _ in range(source.randint(1, 3))]
+    found = []
+    seed = source.random()
+    for many in (0, 1 << 40):
+        own = random.Random(seed)
+        space, alphabet = spaces(couple)
+        a, b = (with_runs(own, shape, alphabet) for _ in range(2))
+        with mock.patch("hatify.labels._MANY", many):
+            results = space.either(a, b), space.both(a, b)
+            space.meet(a, b)
+        found.append((*results, space.classes().root))
+    assert all(map(torch.equal, *found))
+
+
+@given(sources)
+def test_runs_are_found_and_undone(source: random.Random) -> None:
+    shape = [source.randint(12, 20), source.randint(12, 20)]
+    a, b = (with_runs(source, shape, [ZERO, ON, 2, 3]) for _ in range(2))
+    with mock.patch("hatify.labels._MANY", 0):
+        small_a, small_b, spread = condensed_pair(a, b)
+    assert torch.equal(spread(small_a).expand(shape), a) and torch.equal(spread(small_b).expand(shape), b)
 
 
 @given(operands([ZERO, ON, 2, 3], 1))

@@ -112,13 +112,23 @@ class Call:
         if not is_leaf(compact(labels)).any():
             return labels if len(dims) < 2 else self.all_on()
         dim: int | tuple[int, ...] = dims[0] if dims else out.ndim - 1
-        vector = labels[tuple(slice(None) if d in dims else 0 for d in range(out.ndim))].reshape(-1)
+        vector = _along(labels, dims).reshape(-1)
         if len(dims) > 1:
-            if dims[0] == 0 or len(vector.unique()) < len(vector):
+            lines = (_along(labels, (d,)) for d in dims)  # few, and mostly enough to see that features repeat
+            if dims[0] == 0 or not all(map(_different, (*lines, vector))):
                 return self.all_on()
             dim = tuple(size if d in dims else 1 for d, size in enumerate(out.shape) if d >= dims[0])
         self.findings.masks[self.node] = (vector, dim, out.ndim)
         return labels
+
+
+def _along(labels: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """`labels` at the first index of all dimensions but `dims`."""
+    return labels[tuple(slice(None) if d in dims else 0 for d in range(labels.ndim))]
+
+
+def _different(labels: Tensor) -> bool:
+    return len(labels.unique()) == len(labels)
 
 
 def constant_labels(value: Any, label: int) -> Labels:
