@@ -54,11 +54,16 @@ def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Ten
     return locked.expand(shape)
 
 
+#: From this share of locked runs on, it is faster to set the free ones aside.
+MOST = 7 / 8
+
+
 class _Partial:
     """A parameter some of whose entries are locked.
 
     Where locked entries come in runs, as the kernels of a convolution do, they are reached by the numbers of the runs,
-    which moves far less memory than a mask over all entries. Neither way can be fooled by values that are not finite.
+    which moves far less memory than a mask over all entries; where nearly all are locked, by those of the free ones.
+    No way can be fooled by values that are not finite.
 
     Args:
         name: the parameter's name.
@@ -74,6 +79,10 @@ class _Partial:
         per_kernel = self.kernel > 1 and all(stride == 0 for stride in lock.stride()[2:]) and parameter.is_contiguous()
         kernels = lock.reshape(-1, self.kernel)[:, 0] if per_kernel else None
         self.runs = None if kernels is None else kernels.nonzero().squeeze(1)
+        #: The runs that are free, if these are few.
+        self.free: Tensor | None = None
+        if kernels is not None and self.runs is not None and len(self.runs) > MOST * len(kernels):
+            self.free = (~kernels).nonzero().squeeze(1)
         self.sample = _some_of(lock)
         #: The gradient that was masked last, and its version then.
         self.masked: tuple[weakref.ref[Tensor], int] | None = None
@@ -92,8 +101,7 @@ class _Partial:
         if self.runs is None:
             torch.where(self.lock, self.saved, self.parameter, out=self.parameter)
         else:
-            saved = self.saved.view(-1, self.kernel)
-            self.parameter.view(-1, self.kernel).index_copy_(0, self.runs, saved[self.runs])
+            self._write(self.parameter, self.saved)
 
     def is_restored_in(self, tensor: Tensor) -> bool:
         """Whether the locked entries of `tensor` are what was saved."""
@@ -130,9 +138,21 @@ class _Partial:
 
     def _zero(self, tensor: Tensor) -> None:
         if self.runs is not None and tensor.is_contiguous():
-            tensor.view(-1, self.kernel).index_fill_(0, self.runs, 0)
+            self._write(tensor, None)
         else:
             tensor.masked_fill_(self.lock, 0)
+
+    def _write(self, tensor: Tensor, values: Tensor | None) -> None:
+        """Write the locked runs of `values`, or zeros, into `tensor`."""
+        assert self.runs is not None
+        to, source = tensor.view(-1, self.kernel), None if values is None else values.view(-1, self.kernel)
+        if self.free is not None:
+            kept = to[self.free]
+            (to.zero_() if source is None else to.copy_(source)).index_copy_(0, self.free, kept)
+        elif source is None:
+            to.index_fill_(0, self.runs, 0)
+        else:
+            to.index_copy_(0, self.runs, source[self.runs])
 
 
 #: Optimizers that leave an entry where it is if its gradient and all they remember of it are zero.

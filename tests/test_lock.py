@@ -405,6 +405,24 @@ def test_nothing_is_put_back_after_steps_that_moved_nothing_locked(make, restore
     verify_isolation(model)
 
 
+@pytest.mark.parametrize("most", [0.0, 1.0], ids=["free runs set aside", "locked runs written"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(most, decay, monkeypatch):
+    monkeypatch.setattr("hatify.lock.MOST", most)
+    model = finished_model()
+    expected, before = outputs(model, 0), model.get_parameter("conv.weight").detach().clone()
+    model.begin_task(1)
+    set_masks(model, 1)
+    (lock,) = [p.lock.expand(p.parameter.shape) for p in model._guard.partial if p.name == "conv.weight"]
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+    for step in range(3):
+        step_of(model, optimizer, step=step)
+        weight = model.get_parameter("conv.weight")
+        assert torch.equal(weight[lock], before[lock]) and (weight.grad[lock] == 0).all()
+        assert torch.equal(outputs(model, 0), expected)
+    assert (weight[~lock] != before[~lock]).any() and (weight.grad[~lock] != 0).any()
+
+
 @pytest.mark.parametrize("make", STILL)
 def test_momentum_of_an_earlier_task_moves_nothing_locked(make):
     model = make_model()
