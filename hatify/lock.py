@@ -84,6 +84,7 @@ class _Partial:
         if kernels is not None and self.runs is not None and len(self.runs) > MOST * len(kernels):
             self.free = (~kernels).nonzero().squeeze(1)
         self.sample = _some_of(lock)
+        self.saved_sample = saved.take(self.sample)
         #: The gradient that was masked last, and its version then.
         self.masked: tuple[weakref.ref[Tensor], int] | None = None
         #: Optimizer states that are zero where the parameter is locked.
@@ -115,7 +116,7 @@ class _Partial:
 
         It has if their gradient was zero, the optimizer is of a kind that then moves nothing, and no momentum or
         weight decay does. What it remembers of locked entries is set to zero here, so that it holds for later steps.
-        A gradient written to through ``data`` keeps its version: see `sampled_gradient`.
+        A gradient written to through ``data`` keeps its version: see `sampled`.
         """
         if type(optimizer) not in _STILL or decay != 0 or self.parameter.device.type != "cpu":
             return False
@@ -131,10 +132,11 @@ class _Partial:
         masked = grad is None or (seen is not None and seen() is grad and version == grad._version)
         return clean and masked
 
-    def sampled_gradient(self) -> Tensor:
-        """The gradient of a few locked entries."""
-        grad = self.parameter.grad
-        return self.saved.new_zeros(0) if grad is None else grad.take(self.sample)
+    def sampled(self) -> Iterator[Tensor]:
+        """For some locked entries, the gradient and what the step has changed."""
+        if self.parameter.grad is not None:
+            yield self.parameter.grad.take(self.sample)
+        yield self.parameter.take(self.sample).sub_(self.saved_sample)
 
     def _zero(self, tensor: Tensor) -> None:
         if self.runs is not None and tensor.is_contiguous():
@@ -159,7 +161,7 @@ class _Partial:
 _STILL = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
 
 
-def _some_of(lock: Tensor, count: int = 16) -> Tensor:
+def _some_of(lock: Tensor, count: int = 512) -> Tensor:
     """The flat indices of up to `count` entries that are locked, in different rows."""
     rows = lock.reshape(lock.shape[0], -1)
     chosen = rows.any(1).nonzero().squeeze(1)
@@ -195,6 +197,7 @@ class Guard:
         self.capacity = Capacity.beside(used, state.layer, len(state.groups))
         self.capacity_of_all = Capacity.beside(used, torch.zeros_like(state.layer), 1)
         self.embedding = state.embeddings[task]
+        self.finished = {t: state.finished_masks[t].clone() for t in others}
         masks = state.finished_masks[others]
         tensors = dict(named_tensors(model))
         self.partial: list[_Partial] = []
@@ -240,7 +243,7 @@ class Guard:
         decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
         updated = [p for p in self.partial if id(p.parameter) in decay]
         moved = [p for p in updated if not p.unmoved_by(optimizer, decay[id(p.parameter)])]
-        if len(moved) < len(updated) and torch.cat([p.sampled_gradient() for p in updated]).any():
+        if len(moved) < len(updated) and torch.cat([t for p in updated for t in p.sampled()]).any():
             moved = updated
         for p in moved:
             p.restore()
@@ -268,6 +271,13 @@ class Guard:
                 found[name] = count
                 tensors[name].copy_(torch.where(different, saved, tensors[name]))
         return found
+
+    def is_for(self, model: HatModel) -> bool:
+        """Whether this guards what `model` has finished and learns, which loading may have changed."""
+        state = model.task_state
+        finished = [t for t, done in enumerate(state.finished) if done and t != self.task]
+        same = state.learning == self.task and finished == list(self.finished)
+        return same and all(torch.equal(state.finished_masks[t], mask) for t, mask in self.finished.items())
 
     def close(self) -> None:
         """Protect nothing any more."""

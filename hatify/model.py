@@ -459,11 +459,11 @@ def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...
 
 
 def _after_loading(model: HatModel, incompatible: Any) -> None:
-    """Take over the task state that was loaded; a model that was not yet learning that task guards what was loaded."""
+    """Take over the task state that was loaded; a model that was not at that point yet guards what was loaded."""
     state = model.task_state
     model._set_task(state.task)
     model._settle()
-    if model._guard is not None and model._guard.task != state.learning:
+    if model._guard is not None and not model._guard.is_for(model):
         model._drop_guard()
     if model._guard is None and state.learning is not None:
         model._open_guard()

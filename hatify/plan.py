@@ -173,6 +173,11 @@ class _Planner:
             return policy, reason
         index = _compact(self.slots.of(torch.arange(leaves.first, leaves.first + leaves.count).view(value.shape)))
         featured = bool((index != self.slots.count).any())
+        if featured and (index == self.slots.count).all(-1).any():
+            filled = _filled(index, self.slots.count)
+            if filled is None:
+                return Policy.PER_TASK, "only partly tied to features"
+            index = filled
         owned = name in self.plan.uses
         if featured:
             self._mask_source(name, value, index)
@@ -222,6 +227,21 @@ def canonical_names(net: nn.Module) -> dict[str, str]:
 def _rows(written: Tensor, ndim: int) -> Tensor:
     """Slots (features, K) as (features, 1, …, K), for a parameter with `ndim` dimensions."""
     return written.view(-1, *(1,) * (ndim - 1), written.shape[1])
+
+
+def _filled(index: Tensor, always_on: int) -> Tensor | None:
+    """`index` (*shape, K) of a raw parameter of which the example inputs read a part, continued to all of it.
+
+    The rows of a table of positions are read one by one: what is true of those that were read, in each column, is taken
+    to be true of all. None: the features do not lie along one dimension.
+    """
+    on = (index == always_on).all(-1)
+    for d, size in enumerate(on.shape):
+        lines, known = index.movedim(d, 0).reshape(size, -1, index.shape[-1]), ~on.movedim(d, 0).reshape(size, -1)
+        first = lines[torch.arange(size), known.to(torch.uint8).argmax(1)]
+        if known.any(1).all() and ((lines == first.unsqueeze(1)).all(-1) | ~known).all():
+            return first.view(*(size if e == d else 1 for e in range(on.ndim)), -1)
+    return None
 
 
 def _compact(index: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ class Removal(SupportInterpreter):
         """Run the operation on the indices of the elements, one dimension at a time."""
         source = call.node.args[0] if call.node.args else call.node.kwargs.get("input")
         dims, value = self._dims(source), self.env.get(source)  # type: ignore[arg-type]
-        if not isinstance(dims, Dims) or value is None:
+        if not isinstance(dims, Dims) or value is None or movement.has_computed_indices(call):
             return False
         for other in call.node.all_input_nodes:
             for indices in tree_leaves(self.axes[other] if other is not source else None):

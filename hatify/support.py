@@ -134,7 +134,7 @@ class SupportInterpreter(fx.Interpreter):
         if isinstance(argument, fx.Node):
             labels = self.labels.get(argument)
             if labels is None and isinstance(self.env.get(argument), (bool, int, float)):
-                return scalar_label(self.env[argument])
+                return torch.tensor(ON)  # a size, say, which other inputs make another one
             return labels
         if isinstance(argument, (tuple, list)):
             return tuple(self._labels_of(a) for a in argument)
@@ -144,8 +144,9 @@ class SupportInterpreter(fx.Interpreter):
 
     def _written(self, node: fx.Node, writer: fx.Node) -> None:
         """`writer` changed the value of `node` in place, and with it every other value in the same memory."""
-        if node.op == "get_attr":
-            self.findings.moving.add(str(node.target))
+        for name, tensor in (*self.module.named_buffers(), *self.module.named_parameters()):
+            if _share_memory(tensor, self.env[node]):
+                self.findings.moving.add(name)
         result, own = self.labels[writer], self.labels.get(node)
         for other, value in self.env.items():
             if isinstance(value, Tensor) and _share_memory(value, self.env[node]):
@@ -157,7 +158,7 @@ class SupportInterpreter(fx.Interpreter):
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and not (a.is_meta and a is not b)
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def analyse(

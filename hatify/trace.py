@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hatify.answers import AnsweringTracer, factories_recorded
@@ -75,6 +75,7 @@ class HatTracer(AnsweringTracer):
         self.leaves = leaves
         self.leaf_types = leaf_types
         self.innermost = ""
+        self.constants = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or isinstance(m, self.leaf_types):
@@ -84,6 +85,16 @@ class HatTracer(AnsweringTracer):
         if super().is_leaf_module(m, module_qualified_name):
             return True
         return not any(m.children()) and not m._parameters and reads_training_flag(m)
+
+    def create_arg(self, a: Any) -> Any:
+        """A tensor made in ``forward`` is the one made there when the other mode was traced, if they are equal."""
+        if isinstance(a, Tensor) and self.tensor_attrs.get(a) is None:
+            name = f"_tensor_constant{self.constants}"
+            self.constants += 1
+            other = self.root.__dict__.get(name, self.root._buffers.get(name))
+            if isinstance(other, Tensor) and other.dtype == a.dtype and torch.equal(other, a):
+                self.tensor_attrs[a] = name
+        return super().create_arg(a)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

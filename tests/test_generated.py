@@ -203,6 +203,11 @@ STEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "shares of softplus": lambda x: F.softplus(x) / F.softplus(x).mean(1).unsqueeze(1),
     "quotient added": lambda x: torch.addcdiv(x, x, 1 + x.abs()),
     "logit": lambda x: torch.logit(torch.sigmoid(x)),
+    "hypotenuse": lambda x: torch.hypot(x, 2 * x),
+    "x log y": lambda x: torch.xlogy(x, x.abs() + 1e-3),
+    "entropy": lambda x: torch.special.entr(torch.sigmoid(x)),
+    "log gamma": lambda x: torch.lgamma(x.abs() + 1),
+    "inverse root": lambda x: torch.float_power(x.abs() + 1, -0.5).float(),
 }
 
 

@@ -901,3 +901,59 @@ def test_models_side_by_side_keep_out_of_each_others_way(together):
     for model, answer in zip(models, expected, strict=True):
         assert torch.equal(outputs(model, 0), answer)
     verify_isolation(models[0])
+
+
+def test_a_state_loaded_while_the_same_task_is_open_is_guarded_as_it_was_loaded():
+    ahead = finished_model()
+    ahead.begin_task(1)
+    model = make_model()
+    model.begin_task(1)
+    model.load_state_dict(ahead.state_dict())
+    expected = outputs(ahead, 0)
+    model.train()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        step_of(model, optimizer, step=step)
+    model.end_task()
+    assert torch.equal(outputs(model, 0), expected)
+
+
+class Moving(nn.Module):
+    """Keeps an average of its features in a buffer, which it reaches in one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.head, self.way = nn.Linear(3, 6), nn.Linear(6, 2), way
+        self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("statistics", torch.stack((torch.zeros(6), torch.ones(6))))
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.way == "norm":
+            h = F.batch_norm(h, self.statistics[0], self.statistics[1], training=self.training)
+        elif self.training:
+            reached = {"data": lambda b: b.data, "view": lambda b: b.view(-1), "detach": lambda b: b.detach()}
+            reached[self.way](self.average).mul_(0.9).add_(0.1 * h.detach().mean(0))
+        return self.head(torch.relu(h - self.average))
+
+
+@pytest.mark.parametrize("way", ["data", "view", "detach", "norm"])
+@pytest.mark.filterwarnings("error:.*put back")
+def test_buffers_that_move_belong_to_a_task_however_they_are_reached(way):
+    model = hatify(Moving(way), 2, torch.randn(2, 3))
+    x = torch.randn(8, 3)
+    answers = []
+    for task in range(2):
+        model.begin_task(task)
+        set_masks(model, task)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x + task).square().mean().backward()
+            optimizer.step()
+        model.end_task()
+        with torch.no_grad(), model.task(0):
+            answers.append(model(x))
+    assert torch.equal(*answers)
+    policy = {entry.name: entry.policy.value for entry in model.census}
+    assert policy["statistics" if way == "norm" else "average"] == "per_task"

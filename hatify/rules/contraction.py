@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hatify.answers import asks
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.rules.reduction import read_along
-from hatify.rules.registry import Call, Labels, rule
+from hatify.rules.registry import Call, Labels, rule, sources
 
 
 @rule(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
@@ -152,12 +152,12 @@ def functional_layer(call: Call) -> Labels:
     weight_node, bias_node = weight_of(call.node), call.given(2, "bias")
     direct = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
     source = str(weight_node.target) if direct else None
-    groups = groups_of(call.node)
+    groups = call.argument(6, "groups", 1) if "conv" in str(call.node.target) else 1
     weight = call.argument(1, "weight")
     dim = -1 if weight.ndim == 2 else 1 - weight.ndim
     if source is None or groups != 1:
-        _mark_opaque(call, weight_node)
-        _mark_opaque(call, bias_node)
+        # Every parameter in them acts as a whole.
+        call.findings.opaque.update(sources(weight_node), sources(bias_node))
         return _depthwise(call, groups, dim) if bias_node is None else call.all_on()
     call.findings.reads.setdefault(source, []).append(read_along(call, call.label(0), dim))
     if source in call.output_weights:
@@ -176,16 +176,3 @@ def _depthwise(call: Call, groups: int, dim: int) -> Labels:
         return call.all_on()
     merged = call.space.merge(labels, range(dim + 1, 0))
     return merged.repeat_interleave(call.out.shape[dim] // groups, dim).expand(call.out.shape)
-
-
-def _mark_opaque(call: Call, node: object) -> None:
-    """Every parameter that `node` is computed from, without a module in between, acts as a whole."""
-    waiting, seen = [node], set()
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, fx.Node) or current in seen or current.op == "call_module":
-            continue
-        seen.add(current)
-        if current.op == "get_attr":
-            call.findings.opaque.add(str(current.target))
-        waiting.extend(current.all_input_nodes)

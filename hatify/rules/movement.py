@@ -6,23 +6,78 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hatify.labels import ZERO
+from hatify.answers import asks
+from hatify.labels import ZERO, varying_dims
 from hatify.rules.registry import Call, Labels, constant_labels, rule
+
+#: Names of the argument that is moved.
+_FIRST = ("input", "tensors", "self", "x")
 
 
 def run_on_labels(call: Call) -> Labels:
     """Run the operation on the labels of its first argument; every other argument keeps its value."""
-    first = call.labels_of(call.node.args[0]) if call.node.args else None
     kwargs = dict(call.kwargs)
-    for name in ("input", "tensors", "self", "x"):
-        if first is None and name in kwargs:
-            first = kwargs[name] = call.labels_of(call.node.kwargs[name])
-            return _run(call, (), kwargs)
-    return _run(call, (first, *call.args[1:]), kwargs)
+    name = next((n for n in _FIRST if not call.node.args and n in kwargs), None)
+    source = call.node.args[0] if name is None else call.node.kwargs[name]
+    labels = call.labels_of(source)
+    if has_computed_indices(call):
+        labels = _read_anywhere(call, labels, _indexed_dims(call))
+        if labels is None:
+            return call.all_on()
+    if name is None:
+        return _run(call, (labels, *call.args[1:]), kwargs)
+    return _run(call, (), {**kwargs, name: labels})
+
+
+# Indices -------------------------------------------------------------------------------------------------------------
+
+
+def has_computed_indices(call: Call) -> bool:
+    """Whether a movement goes by tensors that follow from inputs, so that it may be another one than now."""
+    if _name(call).endswith("_as"):
+        return False  # by a tensor's shape
+    moved: list[fx.Node] = []
+    first = call.node.args[:1] or [call.node.kwargs.get(name) for name in _FIRST]
+    fx.node.map_arg(first, moved.append)
+    others = set(call.node.all_input_nodes).difference(moved)
+    return any(isinstance(call.labels_of(node), Tensor) and _is_computed(node) for node in others)
+
+
+def _name(call: Call) -> str:
+    return str(getattr(call.node.target, "__name__", call.node.target))
+
+
+def _is_computed(index: fx.Node) -> bool:
+    waiting, seen = [index], set()
+    while waiting:
+        node = waiting.pop()
+        if node.op in ("placeholder", "call_module"):
+            return True
+        if node not in seen and not asks(node):
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    return False
+
+
+def _read_anywhere(call: Call, labels: Labels, dims: set[int] | None) -> Labels:
+    """`labels` where any index along `dims` may be read; None if these are where the features lie."""
+    if dims is None or not isinstance(labels, Tensor):
+        return None
+    varying = set(varying_dims(labels))
+    if varying and varying <= dims:
+        return None
+    return call.space.merge(labels, dims).expand(labels.shape)
+
+
+def _indexed_dims(call: Call) -> set[int] | None:
+    """The dimensions along which `call` reads at indices, if that is known."""
+    place = {"index_select": 1, "gather": 1, "take_along_dim": 2}.get(_name(call))
+    dim = None if place is None else call.argument(place, "dim")
+    return {dim % call.label(0).ndim} if isinstance(dim, int) else None
 
 
 def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
@@ -110,7 +165,28 @@ def item(call: Call) -> Labels:
     labels = call.label(0)
     if isinstance(labels, Tensor) and _unknown(call.args[1]):
         return call.all_on()
+    if isinstance(labels, Tensor) and (dims := _dims_of_computed_keys(call, labels.ndim)):
+        labels = _read_anywhere(call, labels, dims)
+        if labels is None:
+            return call.all_on()
     return None if labels is None else labels[call.args[1]]
+
+
+def _dims_of_computed_keys(call: Call, ndim: int) -> set[int]:
+    """The dimensions that ``x[…]`` reads at computed indices."""
+    keys, values = call.node.args[1], call.args[1]
+    if not isinstance(keys, (tuple, list)):
+        keys, values = (keys,), (values,)
+    used = [
+        0 if v is None or v is ... else v.ndim if isinstance(v, Tensor) and v.dtype == torch.bool else 1 for v in values
+    ]
+    dims: set[int] = set()
+    dim = 0
+    for key, value, count in zip(keys, values, used, strict=True):
+        if isinstance(key, fx.Node) and isinstance(value, Tensor) and _is_computed(key):
+            dims |= set(range(dim, dim + count))
+        dim += ndim - sum(used) if value is ... else count
+    return dims
 
 
 @rule(getattr)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
-from hatify.rules.registry import Call, Labels, rule
+from hatify.rules.registry import Call, Labels, rule, sources
 
 #: Positions of (weight, bias, running buffers) in each function's signature, and whether features lie along dim 1.
 _SIGNATURES = {
@@ -34,7 +34,5 @@ def functional_norm(call: Call) -> Labels:
             shape = (-1,) + (1,) * (labels.ndim - 2) if channels_first else affine.shape
             call.space.meet(labels, affine.reshape(shape))
     for position, keyword in zip(buffers, ("running_mean", "running_var"), strict=False):
-        node = call.given(position, keyword)
-        if isinstance(node, fx.Node) and node.op == "get_attr":
-            call.findings.moving.add(str(node.target))
+        call.findings.moving.update(sources(call.given(position, keyword)))
     return call.mask(labels)

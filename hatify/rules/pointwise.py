@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -132,16 +133,15 @@ def where(call: Call) -> Labels:
 @rule(torch.masked_fill, "masked_fill", "masked_fill_")
 def masked_fill(call: Call) -> Labels:
     """Filling with zero keeps the support; with anything else, everything may be on."""
-    return call.label(0).expand(call.out.shape) if call.argument(2, "value") == 0 else call.all_on()
+    value = call.given(2, "value")
+    return call.label(0).expand(call.out.shape) if isinstance(value, (int, float)) and value == 0 else call.all_on()
 
 
 @rule(torch.lerp, torch.addcmul, torch.addcdiv, "lerp", "addcmul", "addcdiv")
 def blend(call: Call) -> Labels:
     """Sums of products, taken as sums."""
-    total = _expanded(call.labels_of(call.node.args[0]), call.out)
-    for arg in call.node.args[1:]:
-        total = call.space.either(total, _expanded(call.labels_of(arg), call.out))
-    return total
+    tensors = [n for n in call.node.all_input_nodes if isinstance(call.labels_of(n), Tensor)]
+    return reduce(call.space.either, (_expanded(call.labels_of(n), call.out) for n in tensors))
 
 
 def _expanded(labels: Labels, out: Tensor) -> Tensor:

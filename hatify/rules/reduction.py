@@ -57,8 +57,9 @@ def reduce(call: Call) -> Labels:
     if isinstance(call.argument(1, "other"), Tensor):
         return call.all_on()  # elementwise max or min of two tensors
     labels = call.label(0)
-    dims = _dims(call.argument(1, "dim"), labels.ndim)
-    keepdim = bool(call.argument(2, "keepdim", False))
+    place = 2 if "norm" in _name(call) else 1  # after the order of the norm
+    dims = _dims(call.argument(place, "dim"), labels.ndim)
+    keepdim = bool(call.argument(place + 1, "keepdim", False))
     varying = set(varying_dims(labels))
     if _name(call) in ("logsumexp",) or (varying & dims and (keepdim or not varying - dims)):
         return call.all_on()

@@ -12,7 +12,7 @@ Rules may be conservative but never optimistic: `ON` is always a correct answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,8 @@ class Call:
             return labels if len(dims) < 2 else self.all_on()
         dim: int | tuple[int, ...] = dims[0] if dims else out.ndim - 1
         vector = _along(labels, dims).reshape(-1)
+        if out.ndim > 1 and _holds_samples(vector, dims, out.shape):
+            return self.all_on()
         if len(dims) > 1:
             lines = (_along(labels, (d,)) for d in dims)  # few, and mostly enough to see that features repeat
             if dims[0] == 0 or not all(map(_different, (*lines, vector))):
@@ -127,8 +129,30 @@ def _along(labels: Tensor, dims: tuple[int, ...]) -> Tensor:
     return labels[tuple(slice(None) if d in dims else 0 for d in range(labels.ndim))]
 
 
+def _holds_samples(vector: Tensor, dims: tuple[int, ...], shape: torch.Size) -> bool:
+    """Whether the features along a dimension are those of every sample again: (N, C, …) reshaped to (N·C, …)."""
+    if dims == (0,):
+        return not _different(vector)
+    period = int((vector == vector[0]).nonzero()[1:2].sum()) or len(vector)
+    tiles = len(vector) // period
+    tiled = tiles > 1 and torch.equal(vector, vector[:period].repeat(tiles))
+    return shape[0] == 1 and dims == (1,) and tiled
+
+
 def _different(labels: Tensor) -> bool:
     return len(labels.unique()) == len(labels)
+
+
+def sources(node: object) -> Iterator[str]:
+    """The parameters and buffers that `node` is computed from without a module in between."""
+    waiting, seen = [node], set()
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, fx.Node) and current not in seen and current.op != "call_module":
+            seen.add(current)
+            waiting.extend(current.all_input_nodes)
+            if current.op == "get_attr":
+                yield str(current.target)
 
 
 def constant_labels(value: Any, label: int) -> Labels:

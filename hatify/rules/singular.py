@@ -14,8 +14,12 @@ from torch import fx, nn
 from hatify.rules.registry import RULES
 
 _DIVISIONS = {"div", "div_", "truediv", "true_divide", "floordiv", "remainder", "fmod"}
-_SINGULAR_AT_ZERO = {"log", "log2", "log10", "rsqrt", "reciprocal", "sqrt", "logit"}
-_POWERS = {"pow", "pow_"}
+_SINGULAR_AT_ZERO = {
+    "log", "log2", "log10", "rsqrt", "reciprocal", "sqrt", "logit", "special_logit", "special_entr", "entr", "lgamma",
+    "digamma",
+}  # fmt: skip
+_SINGULAR_IN_BOTH = {"hypot", "xlogy", "special_xlogy", "kl_div"}
+_POWERS = {"pow", "pow_", "float_power"}
 _ELEMENTWISE = ("hatify.rules.pointwise", "hatify.rules.movement")
 _STATISTICS = ("hatify.rules.reduction",)
 
@@ -62,6 +66,8 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
         return node.args[1:2] or (node.kwargs.get("other"),)
     if name == "addcdiv":
         return node.args[2:3] or (node.kwargs.get("tensor2"),)
+    if name in _SINGULAR_IN_BOTH:
+        return tuple(node.all_input_nodes)
     if name in _SINGULAR_AT_ZERO:
         return node.args[:1] or (node.kwargs.get("input"),)
     if name in _POWERS and len(node.args) > 1:
