@@ -174,10 +174,7 @@ class _Planner:
         index = _compact(self.slots.of(torch.arange(leaves.first, leaves.first + leaves.count).view(value.shape)))
         featured = bool((index != self.slots.count).any())
         if featured and (index == self.slots.count).all(-1).any():
-            filled = _filled(index, self.slots.count)
-            if filled is None:
-                return Policy.PER_TASK, "only partly tied to features"
-            index = filled
+            index = _filled(index, self.slots.count)
         owned = name in self.plan.uses
         if featured:
             self._mask_source(name, value, index)
@@ -229,11 +226,11 @@ def _rows(written: Tensor, ndim: int) -> Tensor:
     return written.view(-1, *(1,) * (ndim - 1), written.shape[1])
 
 
-def _filled(index: Tensor, always_on: int) -> Tensor | None:
+def _filled(index: Tensor, always_on: int) -> Tensor:
     """`index` (*shape, K) of a raw parameter of which the example inputs read a part, continued to all of it.
 
     The rows of a table of positions are read one by one: what is true of those that were read, in each column, is taken
-    to be true of all. None: the features do not lie along one dimension.
+    to be true of all. Where the features do not lie along one dimension, `index` stays as it is.
     """
     on = (index == always_on).all(-1)
     for d, size in enumerate(on.shape):
@@ -241,7 +238,7 @@ def _filled(index: Tensor, always_on: int) -> Tensor | None:
         first = lines[torch.arange(size), known.to(torch.uint8).argmax(1)]
         if known.any(1).all() and ((lines == first.unsqueeze(1)).all(-1) | ~known).all():
             return first.view(*(size if e == d else 1 for e in range(on.ndim)), -1)
-    return None
+    return index
 
 
 def _compact(index: Tensor) -> Tensor:

@@ -158,6 +158,17 @@ class DynamicFilters(nn.Module):
         return self.head(F.relu(self.second(y.reshape(n, 8, *y.shape[2:]))).mean((2, 3)))
 
 
+class PaddedChannels(Layers):
+    """A raw parameter of which some entries meet features, and others channels that are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.second = nn.Parameter(torch.randn(12)), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(F.pad(self.first(x), (2, 2)) + self.shift)
+
+
 class MadeInForward(Layers):
     """Tensors that the forward pass makes."""
 
@@ -193,6 +204,7 @@ CASES = {
     "folded, sum": (FoldedIntoBatch("sum"), images(2), images(5)),
     "folded, norm": (FoldedIntoBatch("norm"), images(2), images(5)),
     "dynamic filters": (DynamicFilters(), images(2), images(2)),
+    "padded channels": (PaddedChannels(), rows(2), rows(5)),
     "made in forward": (MadeInForward(), rows(2), rows(5)),
 }
 
