@@ -8,6 +8,7 @@ differ.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=8, help="epochs per task (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("digits_demo.png"), help="picture (%(default)s)")
+    parser.add_argument("--figures", type=Path, help="JSON file for accuracies and features in use")
     parser.add_argument("--clamp", type=float, help="of |s·e| in Equation 3 (default: none)")
     parser.add_argument("--fast", action="store_true", help="one epoch per task: shows that it runs, no more")
     args = parser.parse_args()
@@ -100,6 +102,8 @@ def main() -> int:
             record.task_ended(model, task)
             console.print(record.table())
 
+    if args.figures is not None:
+        args.figures.write_text(json.dumps({"s_max": 400, "clamp": args.clamp, **record.as_dict()}, indent=1) + "\n")
     record.plot(args.output, f"{args.model} on digits, two at a time")
     console.print(f"{100 * record.used_so_far[-1]:.0f} % of all features are in use. Picture: {args.output}")
     if not record.nothing_forgotten:

@@ -101,6 +101,15 @@ def finished_model(optimizer=None):
     return model
 
 
+def opened_model(optimizer=None):
+    """A model that learns task 1 with half of its features on, and what task 0, which is finished, answers."""
+    model = finished_model(optimizer)
+    expected = outputs(model, 0)
+    model.begin_task(1)
+    set_masks(model, 1)
+    return model, expected
+
+
 # Equation 2 -----------------------------------------------------------------------------------------------------------
 
 
@@ -389,10 +398,7 @@ def step_of(model, optimizer, task=1, step=0):
 
 @pytest.mark.parametrize("make", STILL)
 def test_nothing_is_put_back_after_steps_that_moved_nothing_locked(make, restored):
-    model = finished_model()
-    expected = outputs(model, 0)
-    model.begin_task(1)
-    set_masks(model, 1)
+    model, expected = opened_model()
     optimizer = make(model.parameters())
     step_of(model, optimizer)  # what the optimizer remembers is made here
     del restored[:]
@@ -409,10 +415,8 @@ def test_nothing_is_put_back_after_steps_that_moved_nothing_locked(make, restore
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(most, decay, monkeypatch):
     monkeypatch.setattr("hatify.lock.MOST", most)
-    model = finished_model()
-    expected, before = outputs(model, 0), model.get_parameter("conv.weight").detach().clone()
-    model.begin_task(1)
-    set_masks(model, 1)
+    model, expected = opened_model()
+    before = model.get_parameter("conv.weight").detach().clone()
     (lock,) = [p.lock.expand(p.parameter.shape) for p in model._guard.partial if p.name == "conv.weight"]
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
     for step in range(3):
@@ -455,10 +459,7 @@ def test_momentum_loaded_into_the_optimizer_moves_nothing_locked(make):
 @pytest.mark.parametrize("make", STILL)
 @pytest.mark.parametrize("change", ["added to", "replaced", "data"])
 def test_gradients_changed_after_backward_move_nothing_locked(make, change):
-    model = finished_model()
-    expected = outputs(model, 0)
-    model.begin_task(1)
-    set_masks(model, 1)
+    model, expected = opened_model()
     optimizer = make(model.parameters())
     for step in range(4):
         optimizer.zero_grad()
@@ -476,10 +477,7 @@ def test_gradients_changed_after_backward_move_nothing_locked(make, change):
 
 @pytest.mark.parametrize("make", STILL)
 def test_a_weight_decay_set_while_a_task_is_open_moves_nothing_locked(make):
-    model = finished_model()
-    expected = outputs(model, 0)
-    model.begin_task(1)
-    set_masks(model, 1)
+    model, expected = opened_model()
     optimizer = make(model.parameters())
     for step in range(4):
         if step == 2:

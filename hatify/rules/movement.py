@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
 from hatify.labels import ZERO, varying_dims
-from hatify.rules.registry import Call, Labels, constant_labels, rule
+from hatify.rules.registry import Call, Labels, behind, constant_labels, rule
 
 #: Names of the argument that is moved.
 _FIRST = ("input", "tensors", "self", "x")
@@ -52,15 +52,7 @@ def _name(call: Call) -> str:
 
 
 def _is_computed(index: fx.Node) -> bool:
-    waiting, seen = [index], set()
-    while waiting:
-        node = waiting.pop()
-        if node.op in ("placeholder", "call_module"):
-            return True
-        if node not in seen and not asks(node):
-            seen.add(node)
-            waiting.extend(node.all_input_nodes)
-    return False
+    return any(node.op in ("placeholder", "call_module") for node in behind(index, asks))
 
 
 def _read_anywhere(call: Call, labels: Labels, dims: set[int] | None) -> Labels:

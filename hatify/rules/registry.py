@@ -143,16 +143,21 @@ def _different(labels: Tensor) -> bool:
     return len(labels.unique()) == len(labels)
 
 
-def sources(node: object) -> Iterator[str]:
-    """The parameters and buffers that `node` is computed from without a module in between."""
+def behind(node: object, stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """`node` and what it is computed from, but for what lies behind nodes at which to `stop`."""
     waiting, seen = [node], set()
     while waiting:
         current = waiting.pop()
-        if isinstance(current, fx.Node) and current not in seen and current.op != "call_module":
+        if isinstance(current, fx.Node) and current not in seen:
             seen.add(current)
-            waiting.extend(current.all_input_nodes)
-            if current.op == "get_attr":
-                yield str(current.target)
+            yield current
+            if not stop(current):
+                waiting.extend(current.all_input_nodes)
+
+
+def sources(node: object) -> Iterator[str]:
+    """The parameters and buffers that `node` is computed from without a module in between."""
+    return (str(n.target) for n in behind(node, lambda n: n.op == "call_module") if n.op == "get_attr")
 
 
 def constant_labels(value: Any, label: int) -> Labels:
