@@ -80,10 +80,13 @@ class AnsweringTracer(fx.Tracer):
             return iter([operator.getitem(obj, i) for i in range(self.length(obj))])
 
     def length(self, obj: fx.Proxy) -> int:
-        """How many elements a shape or tuple has."""
+        """How many elements a shape or tuple has; a guard is left in the graph where other sizes may make more."""
         value = self.evaluate(obj.node)
         if not isinstance(value, (tuple, list)):
             raise fx.proxy.TraceError("the length of a tensor depends on the input")
+        if not isinstance(value, torch.Size):
+            found = self.create_proxy("call_function", len, (obj,), {})
+            self.create_proxy("call_function", check_size, (found, len(value)), {})
         return len(value)
 
     def answer(self, obj: fx.Proxy) -> Any:

@@ -146,12 +146,13 @@ def rows_are_independent(module: nn.Module, family: type[HatLayer]) -> bool:
 
 def detached_copy(module: nn.Module) -> Any:
     """A deep copy, also of modules that keep a computed weight as an attribute (``torch.nn.utils.weight_norm``)."""
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
+    return copy.deepcopy(module, computed_tensors(module))
+
+
+def computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo for a deep copy, with the values of tensors that modules keep and that torch refuses to copy."""
+    values = (v for child in module.modules() for v in vars(child).values())
+    return {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def _override(

@@ -13,12 +13,12 @@ from hatify.classify import classify, detached_copy
 from hatify.errors import ConversionError
 from hatify.examples import infer_example_inputs, refusals_named
 from hatify.model import HatModel
-from hatify.nn.state import TaskState
+from hatify.nn.state import STATE, TaskState
 from hatify.origin import Origin
 from hatify.plan import make_plan
 from hatify.policy import Policy
-from hatify.rewrite import STATE, rewrite_graph, rewrite_modules
-from hatify.support import analyse, only_weighing
+from hatify.rewrite import rewrite_graph, rewrite_modules
+from hatify.support import accepted_sizes, analyse, only_weighing
 from hatify.trace import bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
@@ -74,18 +74,20 @@ def hatify(
     options = {name: value for name, value in locals().items() if name not in ("net", "example_inputs")}
     classes = _check_arguments(net, num_tasks, num_classes, s_max)
     origin = Origin.of(net, options)
-    net = detached_copy(net)
+    original, net = net, detached_copy(net)
     inputs = _example_inputs(net, example_inputs)
     arguments = bound_arguments(net, inputs)
     with refusals_named(net, inputs):
         traced = trace(net, arguments, frozenset(policies))
         classification = classify(net, traced.graphs, heads, policies)
-        space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
+        sizes = accepted_sizes(net, traced.graphs, inputs)
+        space, findings = analyse(net, traced.graphs, sizes, classification, couple, mask_inputs)
         if weighing := only_weighing(space, findings, classification):
             classification = classification.per_task(
                 weighing, "its features only weigh others, as attention's heads do"
             )
-            space, findings = analyse(net, traced.graphs, inputs, classification, couple, mask_inputs)
+            space, findings = analyse(net, traced.graphs, sizes, classification, couple, mask_inputs)
+    _put_back(net, original)
     plan = make_plan(net, traced.graphs, classification, space, findings)
     if classes is not None and Policy.HEAD not in plan.modules.values():
         raise ConversionError(
@@ -97,6 +99,14 @@ def hatify(
     for graph in traced.graphs:
         rewrite_graph(net, graph, plan, findings.fold)
     return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+
+
+@torch.no_grad()
+def _put_back(net: nn.Module, original: nn.Module) -> None:
+    """Undo what running `net` has done to its parameters: some networks write to them while training."""
+    for parameter, as_it_was in zip(net.parameters(), original.parameters(), strict=True):
+        if not parameter.is_meta and not torch.equal(parameter, as_it_was):
+            parameter.copy_(as_it_was)
 
 
 def _kept(given: Any) -> Any:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from hatify.asking import buffers_restored, in_evaluation
 from hatify.errors import ConversionError
-from hatify.support import buffers_restored
 
 # Two samples: with one, a network that squeezes or takes statistics over the batch would be misread.
 BATCH = 2
@@ -101,15 +101,9 @@ def refusals_named(net: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> 
 
 def refusal_of(net: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> Exception | None:
     """What `net` raises when it is called with `inputs` in evaluation mode; None if it answers."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
     try:
-        with buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             _ = net(**inputs) if isinstance(inputs, dict) else net(*inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         return error
-    else:
-        return None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hatify.asking import buffers_restored, in_evaluation
 from hatify.axes import Dims
 from hatify.errors import HatError, TaskError
 from hatify.examples import refusals_named
 from hatify.model import HatModel
 from hatify.plain import Writer, plain_modules
 from hatify.removal import Removal, children_of
-from hatify.support import buffers_restored, positional
+from hatify.sizes import other_sizes
+from hatify.support import positional
 
 #: Largest difference that rounding explains in single precision, in units of the largest number in a value.
 ROUNDING = 1e-3
@@ -61,8 +62,11 @@ def extract_task(
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     device = model.task_state.scale.device
     inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
-    with refusals_named(model, inputs), _answering(model, task):
-        values = positional(model.graph, inputs)
+    with refusals_named(model, inputs), ExitStack() as answering:
+        for context in (in_evaluation(model), model.task(task), torch.no_grad(), buffers_restored(model)):
+            answering.enter_context(context)
+        answering.enter_context(torch.random.fork_rng(devices=[]))
+        values = positional(model.graph, _filling(model, children_of(model), inputs))
         modules = plain_modules(model, task)
         children = children_of(model if device.type == "cpu" else copy.deepcopy(model).cpu())
         frozen: set[fx.Node] = set()
@@ -80,6 +84,33 @@ def extract_task(
                 names = ", ".join(sorted(node.name for node in refused))
                 raise HatError(f"task {task} cannot be written as a plain network: {names} would be computed otherwise")
             frozen = everything if refused <= frozen else frozen | refused
+
+
+class _Fullness(fx.Interpreter):
+    """Finds out whether inputs are taken, and whether they leave something empty (``h[:, 5:]`` of five positions)."""
+
+    def of(self, inputs: Any) -> bool | None:
+        """True if every tensor holds something, False if one is empty, None if the inputs are refused."""
+        self.full = True
+        try:
+            self.run(*positional(self.graph, inputs))
+        except Exception:  # whatever an operation raises that cannot do with such sizes
+            return None
+        return self.full
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.full &= all(t.numel() > 0 for t in tree_leaves(value) if isinstance(t, Tensor))
+        return value
+
+
+def _filling(model: HatModel, children: nn.Module, inputs: Any) -> Any:
+    """The inputs, or larger ones of which nothing is empty."""
+    fullness = _Fullness(children, graph=model.graph)
+    if fullness.of(inputs) is not False:
+        return inputs
+    others = other_sizes(lambda given: fullness.of(given) is not None, inputs)
+    return next((other for other in others if fullness.of(other)), inputs)
 
 
 class _Twins(fx.Interpreter):
@@ -108,7 +139,8 @@ class _Twins(fx.Interpreter):
                 self.different.add(n)
                 break
         counterpart = self.writer.values[n]
-        if isinstance(value, Tensor) and isinstance(counterpart, fx.Node) and n.op != "output":
+        is_there = isinstance(counterpart, fx.Node) and not counterpart._erased
+        if isinstance(value, Tensor) and is_there and n.op != "output":
             expected = _kept(value, self.writer.removal.axes[n])
             operands = [t for t in map(self.env.get, n.all_input_nodes) if isinstance(t, Tensor)]
             if not _agree(self.twin.env.get(counterpart), expected, operands):
@@ -146,17 +178,3 @@ def _largest(value: Tensor) -> float:
     if not magnitude.isfinite().all():
         magnitude = magnitude[magnitude.isfinite()]
     return float(magnitude.max()) if magnitude.numel() else 0.0
-
-
-@contextmanager
-def _answering(model: HatModel, task: int) -> Iterator[None]:
-    """Within the context, `task` answers in evaluation mode; afterwards everything is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with model.task(task), torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_restored(model):
-            yield
-    finally:
-        model.train(modes[model])
-        for module, mode in modes.items():
-            module.training = mode

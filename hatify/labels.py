@@ -32,6 +32,11 @@ class Leaves:
     first: int
     count: int
 
+    @property
+    def all(self) -> Tensor:
+        """Every one of them, shape (count,)."""
+        return torch.arange(self.first, self.first + self.count)
+
 
 class LabelSpace:
     """Hands out leaves, combines labels, and remembers which leaves have met.
@@ -45,6 +50,7 @@ class LabelSpace:
         self.couple = couple
         self.features: dict[str, Leaves] = {}
         self.raw: dict[str, Leaves] = {}
+        self.raw_shapes: dict[str, torch.Size] = {}
         self._next_feature = FIRST_LEAF
         self._next_raw = FIRST_RAW
         self._edges: list[Tensor] = []
@@ -65,6 +71,7 @@ class LabelSpace:
         """The leaves of a raw parameter's elements, one each, in the parameter's shape."""
         if owner not in self.raw:
             self.raw[owner] = Leaves(owner, self._next_raw, shape.numel())
+            self.raw_shapes[owner] = shape
             self._next_raw += shape.numel()
         first = self.raw[owner].first
         return torch.arange(first, first + shape.numel()).view(shape)

@@ -98,7 +98,7 @@ class _Planner:
 
     def plan_nodes(self) -> None:
         """Name the masks that the analysis asked for."""
-        for node, (labels, dim, ndim) in self.findings.masks.items():
+        for node, (labels, dim, ndim, _) in self.findings.masks.items():
             owner = str(node.target) if node.op in ("call_module", "placeholder") else node.name
             mask = self.slots.name(owner, self.slots.of(labels))
             if mask is not None:
@@ -168,13 +168,17 @@ class _Planner:
         """The policy of a parameter that a graph reads directly; plans its mask at the source."""
         if name in self.findings.reads:
             return self._functional_weight(name, value, policy, reason)
+        if name in self.findings.whole:
+            if name not in self.plan.uses:
+                return Policy.PER_TASK, "the inputs tried read parts of it, which do not tell what the rest would meet"
+            self._use(name, Use(torch.full((1,) * (value.ndim + 1), self.slots.count), None))
+            return policy, reason
         leaves = self.slots.space.raw.get(name)
         if leaves is None:
             return policy, reason
-        index = _compact(self.slots.of(torch.arange(leaves.first, leaves.first + leaves.count).view(value.shape)))
+        labels = self.findings.continued.get(name, leaves.all.view(value.shape))
+        index = _compact(self.slots.of(labels))
         featured = bool((index != self.slots.count).any())
-        if featured and (index == self.slots.count).all(-1).any():
-            index = _filled(index, self.slots.count)
         owned = name in self.plan.uses
         if featured:
             self._mask_source(name, value, index)
@@ -224,21 +228,6 @@ def canonical_names(net: nn.Module) -> dict[str, str]:
 def _rows(written: Tensor, ndim: int) -> Tensor:
     """Slots (features, K) as (features, 1, …, K), for a parameter with `ndim` dimensions."""
     return written.view(-1, *(1,) * (ndim - 1), written.shape[1])
-
-
-def _filled(index: Tensor, always_on: int) -> Tensor:
-    """`index` (*shape, K) of a raw parameter of which the example inputs read a part, continued to all of it.
-
-    The rows of a table of positions are read one by one: what is true of those that were read, in each column, is taken
-    to be true of all. Where the features do not lie along one dimension, `index` stays as it is.
-    """
-    on = (index == always_on).all(-1)
-    for d, size in enumerate(on.shape):
-        lines, known = index.movedim(d, 0).reshape(size, -1, index.shape[-1]), ~on.movedim(d, 0).reshape(size, -1)
-        first = lines[torch.arange(size), known.to(torch.uint8).argmax(1)]
-        if known.any(1).all() and ((lines == first.unsqueeze(1)).all(-1) | ~known).all():
-            return first.view(*(size if e == d else 1 for e in range(on.ndim)), -1)
-    return index
 
 
 def _compact(index: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer, family_of
 from hatify.nn.norms import FEATURE_DIMS, NORMS, is_known, zero_at_zero
 from hatify.nn.per_task import PerTaskNorm, PerTaskTensor
-from hatify.nn.state import TaskState
-from hatify.rewrite import STATE, keeps_features_apart
+from hatify.nn.state import STATE, TaskState
+from hatify.rewrite import keeps_features_apart
 from hatify.rules import RULES, Call, Findings, Labels, constant_labels, contraction, movement, pointwise, reduction
 from hatify.support import SupportInterpreter
 from hatify.trace import reads_training_flag
@@ -211,6 +211,8 @@ class Removal(SupportInterpreter):
                 if isinstance(indices, Dims):
                     indices.keep()
         outs = [d for d in tree_leaves(self.axes[call.node]) if isinstance(d, Dims)]
+        if call.is_empty or any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(call.out)):
+            return False  # at other sizes there may be something
         sources: list[list[tuple[Axis, Tensor]]] = [[] for _ in outs]
         for d, axis in enumerate(dims):
             size = value.shape[d]

@@ -67,6 +67,8 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         if not isinstance(dim, int):
             raise CannotCut
+        if not any(dims[dim].cut for dims in (source, *out)):
+            return node.target, args, kwargs
         return torch.split, (args[0], [_count(part[dim]) for part in out], dim), {}
     if name == "narrow" and all(isinstance(a, int) for a in args[1:]):
         kept, start, length = source[args[1]].kept, args[2], args[3]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
+from hatify.agreement import agree_on_masks, agree_on_reads, agree_on_tables
+from hatify.answers import asks
+from hatify.asking import buffers_restored, in_evaluation
 from hatify.classify import CHOSEN, Classification, is_altered
 from hatify.errors import ConversionError
-from hatify.labels import ON, LabelSpace, compact
+from hatify.labels import FIRST_RAW, ON, LabelSpace, compact
 from hatify.nn.layers import family_of
 from hatify.policy import Policy
 from hatify.rules import RULES
-from hatify.rules.contraction import is_only_a_weight
+from hatify.rules.contraction import functional_layer, is_only_a_weight
 from hatify.rules.layers import like_input, module_labels
-from hatify.rules.movement import found_to_move
-from hatify.rules.registry import Call, Findings, Labels, constant_labels, scalar_label
+from hatify.rules.movement import found_to_move, item, run_on_labels
+from hatify.rules.registry import Call, Findings, Labels, Masked, Rule, constant_labels, scalar_label
 from hatify.rules.singular import endangered
+from hatify.sizes import other_sizes
 
 
 class SupportInterpreter(fx.Interpreter):
@@ -32,6 +36,7 @@ class SupportInterpreter(fx.Interpreter):
         space: where leaves and couplings are recorded.
         findings: where reads and masks are recorded.
         mask_inputs: mask the features of floating-point inputs.
+        unsure: nodes that get no mask, since other sizes would need other ones.
 
     Example:
         >>> space, findings = LabelSpace(couple=True), Findings()
@@ -39,7 +44,7 @@ class SupportInterpreter(fx.Interpreter):
         >>> graph = fx.Tracer().trace(net)
         >>> policies = {"0": Policy.SHARED, "2": Policy.HEAD}
         >>> _ = SupportInterpreter(net, graph, classification, space, findings).run(torch.randn(2, 4))
-        >>> [(node.name, labels.tolist()) for node, (labels, dim, _) in findings.masks.items()]
+        >>> [(node.name, masked.labels.tolist()) for node, (masked,) in findings.asked.items()]
         [('_0', [2, 3, 4])]
     """
 
@@ -51,8 +56,10 @@ class SupportInterpreter(fx.Interpreter):
         space: LabelSpace,
         findings: Findings,
         mask_inputs: bool = False,
+        unsure: Container[fx.Node] = (),
     ) -> None:
         super().__init__(net, graph=graph)
+        self.unsure = unsure
         self.mask_inputs = mask_inputs
         self.modules = classification.modules
         self.output_weights = classification.output_weights
@@ -61,11 +68,18 @@ class SupportInterpreter(fx.Interpreter):
         self.space = space
         self.findings = findings
         self.labels: dict[fx.Node, Labels] = {}
+        #: Nodes whose labels hold leaves of raw parameters.
+        self.raw: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         versions = {node: self.env[node]._version for node in n.all_input_nodes if isinstance(self.env[node], Tensor)}
         out = super().run_node(n)
+        self._note_seen(n)
         self.labels[n] = self._labels(n, out)
+        if isinstance(out, Tensor):
+            self.findings.shapes.setdefault(n, []).append(out.shape)
+        if (n.op == "get_attr" or not self.raw.isdisjoint(n.all_input_nodes)) and _holds_raw(self.labels[n]):
+            self.raw.add(n)
         for node, version in versions.items():
             if self.env[node]._version != version:
                 self._written(node, n)
@@ -78,6 +92,7 @@ class SupportInterpreter(fx.Interpreter):
             return self._input_labels(node, out) if self.mask_inputs else constant_labels(out, ON)
         if node.op == "get_attr":
             raw = isinstance(out, nn.Parameter) and out.is_floating_point() and not is_only_a_weight(node)
+            raw = raw and str(node.target) not in self.findings.whole
             return self.space.raw_leaves(str(node.target), out.shape) if raw else constant_labels(out, 1)
         if node.op == "output":
             return None
@@ -93,7 +108,7 @@ class SupportInterpreter(fx.Interpreter):
             self.findings,
             self._labels_of,
             self.output_weights,
-            node in self.never_masked,
+            node in self.never_masked or node in self.unsure,
         )
         if not any(isinstance(t, Tensor) for t in torch.utils._pytree.tree_leaves(out)):
             return None
@@ -101,6 +116,8 @@ class SupportInterpreter(fx.Interpreter):
             return module_labels(call, self.modules[str(node.target)][0])
         known = module is None or not is_altered(module)
         rule = RULES.get(type(module) if module is not None else node.target) if known else None
+        if call.is_empty and rule is not functional_layer:
+            return _unseen(call, rule)
         if rule is not None:
             return rule(call)
         moved = found_to_move(call)
@@ -117,7 +134,7 @@ class SupportInterpreter(fx.Interpreter):
             )
         dim = self._feature_dim(node, value) % value.ndim
         leaves = self.space.feature_leaves(name, value.shape[dim])
-        self.findings.masks[node] = (leaves, dim, value.ndim)
+        self.findings.asked.setdefault(node, []).append(Masked(leaves, dim, value.ndim, True))
         return leaves.view([-1 if d == dim else 1 for d in range(value.ndim)]).expand(value.shape)
 
     def _feature_dim(self, node: fx.Node, value: Tensor) -> int:
@@ -152,36 +169,86 @@ class SupportInterpreter(fx.Interpreter):
             if isinstance(value, Tensor) and _share_memory(value, self.env[node]):
                 self.labels[other] = constant_labels(value, ON)
         # A mask is put behind the writer, so the value that was written to itself stays unmasked.
-        masked = writer in self.findings.masks
+        masked = writer in self.findings.asked
         if not masked and isinstance(result, Tensor) and isinstance(own, Tensor) and result.shape == own.shape:
             self.labels[node] = result
+
+    def _note_seen(self, node: fx.Node) -> None:
+        """Note which entries of raw parameters `node` computes something from, and does not only move."""
+        if RULES.get(node.target) in (run_on_labels, item) or asks(node):
+            return
+        for source in self.raw.intersection(node.all_input_nodes):
+            for labels in tree_leaves(self.labels.get(source)):
+                if isinstance(labels, Tensor):
+                    found = compact(labels).unique()
+                    self.findings.seen.append(found[found >= FIRST_RAW])
+
+
+def _holds_raw(labels: Labels) -> bool:
+    return any(
+        isinstance(t, Tensor) and t.numel() and bool((compact(t) >= FIRST_RAW).any()) for t in tree_leaves(labels)
+    )
+
+
+def _unseen(call: Call, rule: Rule | None) -> Labels:
+    """Labels where something that goes in is empty at this size (``h[:, 5:]`` of five positions), but not at others.
+
+    What it would add is unknown; a mask behind the operation keeps it to the features that the rest has.
+    """
+    if rule is not run_on_labels or not isinstance(call.out, Tensor) or not call.out.numel():
+        return call.all_on()
+    return call.mask(rule(call))
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
+def accepted_sizes(net: nn.Module, graphs: tuple[fx.Graph, ...], example_inputs: Any) -> list[Any]:
+    """The example inputs, and others at sizes that the network leaves free: no conclusion may rest on those."""
+
+    def is_accepted(inputs: Any) -> bool:
+        try:
+            for graph in graphs:
+                fx.Interpreter(net, graph=graph).run(*positional(graph, inputs))
+        except Exception:  # whatever an operation raises that cannot do with such sizes
+            return False
+        return True
+
+    with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return [example_inputs, *other_sizes(is_accepted, example_inputs)]
+
+
 def analyse(
     net: nn.Module,
     graphs: tuple[fx.Graph, ...],
-    example_inputs: tuple[Any, ...] | dict[str, Any],
+    sizes: Sequence[Any],
     classification: Classification,
     couple: bool,
     mask_inputs: bool = False,
 ) -> tuple[LabelSpace, Findings]:
-    """Run every graph of `net` in evaluation mode and collect what the analysis finds; `net` is not changed."""
-    space, findings = LabelSpace(couple), Findings()
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        with buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for graph in graphs:
-                interpreter = SupportInterpreter(net, graph, classification, space, findings, mask_inputs)
-                interpreter.run(*positional(graph, example_inputs))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return space, findings
+    """Run every graph of `net` in evaluation mode, on inputs of several `sizes`, and collect what the analysis finds.
+
+    Where sizes disagree, there is no mask, and what was to be masked counts as ON. Buffers are restored.
+    """
+    unsure: set[fx.Node] = set()
+    whole: frozenset[str] = frozenset()
+    while True:
+        space, findings = LabelSpace(couple), Findings(whole=whole)
+        with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for inputs in sizes:
+                for graph in graphs:
+                    SupportInterpreter(net, graph, classification, space, findings, mask_inputs, unsure).run(
+                        *positional(graph, inputs)
+                    )
+        classes = space.classes()
+        agree_on_reads(findings, classes)
+        disagreeing = agree_on_masks(findings, classes)
+        partly_read = agree_on_tables(space, findings, classes)
+        if not disagreeing and not partly_read:
+            return space, findings
+        unsure |= disagreeing
+        whole |= partly_read
 
 
 #: More features than attention has heads are worth a mask.
@@ -216,21 +283,6 @@ def only_weighing(space: LabelSpace, findings: Findings, classification: Classif
         and leaves.count <= MANY_HEADS
         and torch.isin(classes.of(torch.arange(leaves.first, leaves.first + leaves.count)), only).all()
     ]
-
-
-@contextmanager
-def buffers_restored(net: nn.Module) -> Iterator[None]:
-    """Undo what happens to buffers within the context: writes to them, and new tensors in their place."""
-    saved = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in net.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, value in saved:
-            module._buffers[name] = buffer if buffer is None or value is None else buffer.copy_(value)
 
 
 def positional(graph: fx.Graph, example_inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, ...]:

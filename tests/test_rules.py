@@ -476,8 +476,8 @@ class Masked(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.findings.masks:
-            labels, dim, ndim = self.findings.masks[n]
+        if n in self.findings.asked:
+            labels, dim, ndim, _ = self.findings.asked[n][-1]
             assert value.ndim == ndim
             shape = dim if isinstance(dim, tuple) else (-1, *(1,) * (ndim - 1 - dim))
             value = value * self.on(labels).view(shape)

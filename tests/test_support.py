@@ -306,7 +306,7 @@ def test_a_parameter_without_features_is_copied_for_each_task() -> None:
 def reads(net: nn.Module, x: Tensor, couple: bool = True) -> tuple[dict[str, list[Tensor]], LabelSpace]:
     """The labels each weighted layer of `net` reads."""
     graph = fx.Tracer().trace(net)
-    space, findings = analyse(net, (graph,), (x,), classify(net, (graph,), None, {}), couple)
+    space, findings = analyse(net, (graph,), [(x,)], classify(net, (graph,), None, {}), couple)
     return findings.reads, space
 
 
@@ -478,7 +478,7 @@ def test_the_example_of_the_interpreter_holds() -> None:
     graph = fx.Tracer().trace(net)
     space, findings = LabelSpace(couple=True), Findings()
     SupportInterpreter(net, graph, classify(net, (graph,), "auto", {}), space, findings).run(torch.randn(2, 4))
-    found = [(node.name, labels.tolist()) for node, (labels, *_) in findings.masks.items()]
+    found = [(node.name, masked.labels.tolist()) for node, (masked,) in findings.asked.items()]
     assert found == [("_0", [FIRST_LEAF, FIRST_LEAF + 1, FIRST_LEAF + 2])]
 
 

@@ -159,14 +159,14 @@ def functional_layer(call: Call) -> Labels:
         # Every parameter in them acts as a whole.
         call.findings.opaque.update(sources(weight_node), sources(bias_node))
         return _depthwise(call, groups, dim) if bias_node is None else call.all_on()
-    call.findings.reads.setdefault(source, []).append(read_along(call, call.label(0), dim))
+    labels = None if call.is_empty else read_along(call, call.label(0), dim)
+    call.reads(source, call.argument(0, "input").shape[dim], labels)
     if source in call.output_weights:
         return call.all_on()
     written = call.space.feature_leaves(source, weight.shape[0])
     if bias_node is not None:
         call.space.meet(written, call.labels_of(bias_node))
-    shape = (1,) * (call.out.ndim + dim) + (-1,) + (1,) * (-1 - dim)
-    return call.mask(written.view(shape).expand(call.out.shape))
+    return call.mask_own(written, dim)
 
 
 def _depthwise(call: Call, groups: int, dim: int) -> Labels:

@@ -51,8 +51,9 @@ def weighted(call: Call, policy: Policy) -> Labels:
     read_dim, written_dim = family.dims(layer)
     read = None
     if read_dim is not None:
-        read = read_along(call, call.label(0, "x" if "x" in call.node.kwargs else "input"), read_dim)
-        call.findings.reads.setdefault(path, []).append(read)
+        labels = None if call.is_empty else call.label(0, "x" if "x" in call.node.kwargs else "input")
+        read = None if labels is None else read_along(call, labels, read_dim)
+        call.reads(path, call.argument(0, "x" if "x" in call.node.kwargs else "input").shape[read_dim], read)
     if policy is Policy.UNMASKED:
         return call.all_on()
     features = family.features(layer)
@@ -61,10 +62,8 @@ def weighted(call: Call, policy: Policy) -> Labels:
     if call.space.couple and read is not None and 1 < groups == read.shape[0]:
         # A depthwise convolution filters each channel on its own: what comes out is the same feature.
         call.space.meet(written, read.repeat_interleave(features // groups))
-    call.findings.fold[path] = layer.weight.numel() < USUAL_BATCH * call.out[:1].numel()
-    shape = [1] * call.out.ndim
-    shape[written_dim] = features
-    return call.mask(written.view(shape).expand(call.out.shape))
+    call.findings.fold.setdefault(path, layer.weight.numel() < USUAL_BATCH * call.out[:1].numel())
+    return call.mask_own(written, written_dim)
 
 
 def like_input(call: Call) -> Labels:
@@ -73,7 +72,11 @@ def like_input(call: Call) -> Labels:
     if not isinstance(call.out, Tensor) or not isinstance(labels, Tensor) or labels.ndim != call.out.ndim:
         return call.all_on()
     dims = varying_dims(labels)
-    if len(dims) != 1 or labels.shape[dims[0]] != call.out.shape[dims[0]]:
+    kept = tuple(d for d in dims if labels.shape[d] == call.out.shape[d])
+    if len(kept) == 1 < len(dims):
+        # Positions have become others, as where a table of them is resampled.
+        labels, dims = call.space.merge(labels, set(dims) - set(kept)), kept
+    if len(dims) != 1 or not kept:
         return call.all_on()
     vector = labels[tuple(slice(None) if d in dims else slice(1) for d in range(labels.ndim))]
     return call.mask(vector.expand(call.out.shape))

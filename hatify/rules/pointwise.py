@@ -60,9 +60,12 @@ def clamp(call: Call) -> Labels:
 
 @rule(operator.pow, torch.pow, "pow", "pow_")
 def power(call: Call) -> Labels:
-    """x ** p keeps zero for constant p > 0."""
-    exponent = call.argument(1, "exponent")
-    return call.label(0) if isinstance(exponent, (int, float)) and exponent > 0 else call.all_on()
+    """x ** p keeps zero for constant p > 0; a mask behind other powers keeps 1 or ∞ from features that are off."""
+    exponent = call.given(1, "exponent")
+    labels = call.label(0)
+    if isinstance(exponent, (int, float)) and exponent > 0:
+        return labels
+    return call.mask(labels) if isinstance(labels, Tensor) and isinstance(call.out, Tensor) else call.all_on()
 
 
 @rule(operator.truediv, torch.div, torch.true_divide, "div", "div_", "true_divide", operator.floordiv)

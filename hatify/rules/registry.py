@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
 
@@ -39,15 +40,39 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+class Masked(NamedTuple):
+    """A mask on a node's output."""
+
+    labels: Tensor  #: of the features, shape (features,)
+    dim: int | tuple[int, ...]  #: where they lie; for several dimensions, the shape in which the mask broadcasts
+    ndim: int  #: how many dimensions the output has
+    own: bool = False  #: of a weighted layer or an input, which cannot do without
+
+
 @dataclass
 class Findings:
-    """What the analysis learns about the nodes of a graph, and about raw parameters and buffers."""
+    """What the analysis learns about the nodes of a graph, and about raw parameters and buffers.
 
-    #: Labels of the input features a weighted layer's call reads: {parameter or module: [labels (I,), …]}.
+    What is found at each size of the inputs comes first; `hatify.agreement` makes one of it.
+    """
+
+    #: Labels of the input features that a weighted layer's call reads, at each size, and how many features these are:
+    #: {(parameter or module, node): (I, [labels (I,), …])}.
+    read_at: dict[tuple[str, fx.Node], tuple[int, list[Tensor]]] = field(default_factory=dict)
+    #: The masks that nodes are to have, at each size at which they need one.
+    asked: dict[fx.Node, list[Masked]] = field(default_factory=dict)
+    #: The shapes of outputs, at each size.
+    shapes: dict[fx.Node, list[torch.Size]] = field(default_factory=dict)
+    #: Leaves of entries of raw parameters that something was computed from, at any size.
+    seen: list[Tensor] = field(default_factory=list)
+    #: Raw parameters of which parts stay unread at all sizes, and whose other parts do not tell what these would meet.
+    whole: frozenset[str] = frozenset()
+    #: The labels of raw parameters where they do, in the parameter's shape.
+    continued: dict[str, Tensor] = field(default_factory=dict)
+    #: Labels of the input features that each call of a weighted layer reads: {parameter or module: [labels (I,), …]}.
     reads: dict[str, list[Tensor]] = field(default_factory=dict)
-    #: Nodes whose output gets a mask, with the labels (features,), the feature dimension (for several: the shape in
-    #: which the mask broadcasts), and how many dimensions the output has.
-    masks: dict[fx.Node, tuple[Tensor, int | tuple[int, ...], int]] = field(default_factory=dict)
+    #: The masks that nodes get.
+    masks: dict[fx.Node, Masked] = field(default_factory=dict)
     #: Of matrix products whose rows and columns are both features: the labels that the product's own do not tell.
     across: dict[fx.Node, Tensor] = field(default_factory=dict)
     #: Labels of features that end in the weights with which others are summed, such as attention's heads.
@@ -92,6 +117,17 @@ class Call:
         """The labels of an argument."""
         return self.labels_of(self.given(position, name))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether a tensor that goes in holds nothing at this size, so that its labels tell nothing of others."""
+        return any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves((self.args, self.kwargs)))
+
+    def reads(self, owner: str, features: int, labels: Tensor | None) -> None:
+        """Note what a weighted layer reads: labels (features,), or None where it was given nothing."""
+        _, found = self.findings.read_at.setdefault((owner, self.node), (features, []))
+        if labels is not None:
+            found.append(labels)
+
     def all_on(self, like: Any = None) -> Labels:
         """``ON`` for every tensor of the output."""
         return constant_labels(self.out if like is None else like, ON)
@@ -120,8 +156,14 @@ class Call:
             if dims[0] == 0 or not all(map(_different, (*lines, vector))):
                 return self.all_on()
             dim = tuple(size if d in dims else 1 for d, size in enumerate(out.shape) if d >= dims[0])
-        self.findings.masks[self.node] = (vector, dim, out.ndim)
+        self.findings.asked.setdefault(self.node, []).append(Masked(vector, dim, out.ndim))
         return labels
+
+    def mask_own(self, written: Tensor, dim: int) -> Tensor:
+        """Ask for the mask of a weighted layer on its output, whose features `written` (O,) lie along `dim`."""
+        ndim = self.out.ndim
+        self.findings.asked.setdefault(self.node, []).append(Masked(written, dim % ndim, ndim, True))
+        return written.view([-1 if d == dim % ndim else 1 for d in range(ndim)]).expand(self.out.shape)
 
 
 def _along(labels: Tensor, dims: tuple[int, ...]) -> Tensor:

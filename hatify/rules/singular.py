@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from hatify.answers import asks
 from hatify.rules.registry import RULES
 
 _DIVISIONS = {"div", "div_", "truediv", "true_divide", "floordiv", "remainder", "fmod"}
@@ -47,7 +48,8 @@ def _reach(
     waiting = list(start)
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in passed or node in ends:
+        # A divisor may be the size of a value: that value is none.
+        if not isinstance(node, fx.Node) or node in passed or node in ends or asks(node):
             continue
         if _family(net, node, modules) in through:
             passed.add(node)

@@ -1,0 +1,254 @@
+"""No conclusion rests on a size that the network leaves free: other lengths and image sizes than the example's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hatify
+from hatify import agreement, convert
+from hatify.sizes import other_sizes
+from oracles import broken_promises, difference, half_on, leaks, no_repairs
+
+pytestmark = pytest.mark.filterwarnings("ignore::hatify.HatWarning")
+
+LENGTH, CHANNELS = 5, 8
+LENGTHS = (1, 2, 3, 4, 6, 9, 12)
+
+Between = Callable[["Tokens", Tensor], Tensor]
+
+
+class Tokens(nn.Module):
+    """(N, L, 6) → (N, 3): a function of the features (N, L, 8) between two layers; it may use what is here."""
+
+    def __init__(self, between: Between, reads: int = CHANNELS) -> None:
+        super().__init__()
+        self.first, self.near, self.far = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second, self.head, self.between = nn.Linear(reads, 8), nn.Linear(8, 3), between
+        for name, shape in TABLES.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.second(self.between(self, self.first(x))))
+        return self.head(h.mean(1) if h.ndim == 3 else h)
+
+
+TABLES = {"rows": (16, 8), "leading": (1, 16, 8), "heads": (2, 16, 4), "inside": (16, 2, 4), "flat": (128,)}
+
+
+def in_heads(net: Tokens, h: Tensor) -> Tensor:
+    v = h.view(h.shape[0], -1, 2, 4).transpose(1, 2) + net.heads[:, : h.shape[1]]
+    return v.transpose(1, 2).flatten(2)
+
+
+def spare(net: Tokens, h: Tensor) -> Tensor:
+    """A row that short inputs do not read is added to other features."""
+    return torch.cat((h + net.rows[: h.shape[1]], net.near(h) + net.rows[-1]), -1)
+
+
+TOKENS: dict[str, Between | tuple[Between, int]] = {
+    "rows": lambda net, h: h + net.rows[: h.shape[1]],
+    "a leading one": lambda net, h: h + net.leading[:, : h.shape[1]],
+    "features in two dimensions": in_heads,
+    "features in two later dimensions": lambda net, h: (h.unflatten(2, (2, 4)) + net.inside[: h.shape[1]]).flatten(2),
+    "a flat table, viewed": lambda net, h: h + net.flat.view(16, 8)[: h.shape[1]],
+    "a flat table, cut": lambda net, h: h + net.flat[: h.shape[1] * 8].view(h.shape[1], 8),
+    "arange": lambda net, h: h + net.rows[torch.arange(h.shape[1])],
+    "narrow": lambda net, h: h + net.rows.narrow(0, 0, h.shape[1]),
+    "the last rows": lambda net, h: h + net.rows[-h.shape[1] :],
+    "the row of a size": lambda net, h: h + net.rows[h.shape[1] - 1],
+    "a gate": lambda net, h: h * torch.sigmoid(net.leading[:, : h.shape[1]]),
+    "a row elsewhere": (spare, 16),
+    "kept": lambda net, h: torch.cat((net.near(h[:, :5]), h[:, 5:]), 1),
+    "kept in front": lambda net, h: torch.cat((h[:, 5:], net.near(h[:, :5])), 1),
+    "through another layer": lambda net, h: torch.cat((net.near(h[:, :5]), net.far(h[:, 5:])), 1),
+    "through a sigmoid": lambda net, h: torch.cat((net.near(h[:, :5]), h[:, 5:].sigmoid()), 1),
+    "shifted": lambda net, h: torch.cat((net.near(h[:, :5]), h[:, 5:] + 1), 1),
+    "summed": lambda net, h: net.near(h) + h[:, 5:].sum(1, keepdim=True),
+    "split": lambda net, h: torch.cat((net.near(h.tensor_split((5,), 1)[0]), h.tensor_split((5,), 1)[1]), 1),
+    "padded with zeros": (lambda net, h: F.pad(h, (0, 0, 0, 12 - h.shape[1])).flatten(1), 96),
+    "padded with zeros, features first": (
+        lambda net, h: F.pad(h, (0, 0, 0, 12 - h.shape[1])).transpose(1, 2).flatten(1),
+        96,
+    ),
+    "padded with ones": (lambda net, h: F.pad(h, (0, 0, 0, 12 - h.shape[1]), value=1.0).flatten(1), 96),
+    "padded and cropped": (lambda net, h: F.pad(h, (0, 0, 0, 8), value=1.0)[:, :8].flatten(1), 64),
+    "padded before a layer": lambda net, h: F.pad(h, (0, 0, 0, 4), value=1.0)[:, :4],
+    "zeros beside": (lambda net, h: torch.cat((h, h.new_zeros(h.shape[0], 12 - h.shape[1], 8)), 1).flatten(1), 96),
+    "clamped by a size": lambda net, h: h.clamp(min=(h.shape[1] - 5) / 8),
+    "raised to a size": lambda net, h: h.abs() ** (h.shape[1] - 5),
+    "raised to a negative power": lambda net, h: h.abs() ** -0.5,
+    "divided by a size": lambda net, h: h / (h.square().sum(1, keepdim=True).sqrt() + 1) - h.sum(1, True) / h.shape[1],
+    "rows by steps": lambda net, h: h + net.rows.repeat(2, 1)[: h.shape[1]].cumsum(0),
+    "halves": lambda net, h: h[:, : h.shape[1] // 2 + 1] * 2,
+    "resized": (lambda net, h: F.adaptive_avg_pool1d(h.transpose(1, 2), 3).flatten(1), 24),
+}
+
+
+def make(name: str) -> Tokens:
+    torch.manual_seed(0)
+    entry = TOKENS[name]
+    return Tokens(*entry) if isinstance(entry, tuple) else Tokens(entry)
+
+
+def of_length(length: int, batch: int = 3) -> tuple[Tensor]:
+    return (torch.randn(batch, length, 6, generator=torch.Generator().manual_seed(length)),)
+
+
+@pytest.mark.parametrize("couple", [True, False])
+@pytest.mark.parametrize("name", TOKENS)
+def test_other_lengths(name: str, couple: bool) -> None:
+    net = make(name).eval()
+    model = hatify.hatify(net, 2, of_length(LENGTH, 2), couple=couple)
+    lengths = [LENGTH, *(n for n in LENGTHS if takes(net, n))]
+    assert len(lengths) > 3
+    model.eval()
+    for length in lengths:
+        assert difference(model(*of_length(length)), net(*of_length(length))) < 1e-5
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    assert leaks(model, 0, [of_length(length) for length in lengths]) == []
+
+
+@pytest.mark.parametrize("name", ["features in two dimensions", "kept", "a flat table, viewed", "a row elsewhere"])
+def test_training_at_other_lengths_changes_nothing(name: str) -> None:
+    model = hatify.hatify(make(name), 3, of_length(LENGTH, 2))
+
+    def inputs(batch: int, seed: int) -> tuple[Tensor]:
+        return of_length((5, 9, 12, 3)[seed % 4], batch)
+
+    assert broken_promises(model, inputs, random.Random(0)) == []
+
+
+@torch.no_grad()
+def takes(net: nn.Module, length: int) -> bool:
+    try:
+        return bool(torch.isfinite(net(*of_length(length))).all())
+    except (RuntimeError, IndexError):
+        return False
+
+
+def test_a_loop_over_pieces_of_which_there_may_be_more_is_guarded() -> None:
+    net = Tokens(lambda net, h: torch.cat([net.near(piece) for piece in h.split(2, 1)], 1)).eval()
+    model = hatify.hatify(net, 2, of_length(LENGTH)).eval()
+    assert difference(model(*of_length(6)), net(*of_length(6))) < 1e-5
+    with pytest.raises(hatify.HatError, match="traced where a size or condition is 3, but this input makes it 5"):
+        model(*of_length(9))
+
+
+class Pictures(nn.Module):
+    """(N, 3, H, W) → (N, 3), likewise."""
+
+    def __init__(self, between: Callable[[Pictures, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.near, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head, self.between = nn.Linear(8, 3), between
+        self.table = nn.Parameter(torch.randn(8, 12, 12))
+        self.last = nn.Parameter(torch.randn(12, 12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(self.between(self, self.first(x)))).mean((2, 3)))
+
+
+PICTURES: dict[str, Callable[[Pictures, Tensor], Tensor]] = {
+    "cropped": lambda net, h: h + net.table[:, : h.shape[2], : h.shape[3]],
+    "cropped, features last": lambda net, h: (
+        h + net.last[: h.shape[2], : h.shape[3]].permute(2, 0, 1)
+    ),
+    "resized": lambda net, h: h + F.interpolate(net.table[None], h.shape[2:]),
+    "kept": lambda net, h: torch.cat((net.near(h[:, :, :5]), h[:, :, 5:]), 2),
+    "summed": lambda net, h: net.near(h) + h[:, :, 5:].sum((2, 3), keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_other_image_sizes(name: str) -> None:
+    torch.manual_seed(0)
+    net = Pictures(PICTURES[name]).eval()
+    probes = [(torch.randn(2, 3, *edges),) for edges in ((5, 5), (3, 4), (9, 6), (12, 12))]
+    model = hatify.hatify(net, 2, probes[0])
+    model.eval()
+    for inputs in probes:
+        assert difference(model(*inputs), net(*inputs)) < 1e-5
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    assert leaks(model, 0, probes) == []
+
+
+def test_a_table_that_says_nothing_of_its_rest_is_copied_for_each_task() -> None:
+    census = {e.name: e for e in hatify.hatify(make("a flat table, viewed"), 2, of_length(LENGTH)).census}
+    assert census["flat"].policy is hatify.Policy.PER_TASK and "read parts" in census["flat"].reason
+    census = {e.name: e for e in hatify.hatify(make("features in two dimensions"), 2, of_length(LENGTH)).census}
+    assert census["heads"].policy == "masked"
+
+
+# The sizes that are tried --------------------------------------------------------------------------------------------
+
+
+def shapes(accepts: Callable[[tuple[Tensor, ...]], bool], *inputs: Tensor, batches: tuple[int, ...] = ()) -> list:
+    return [[tuple(t.shape) for t in found] for found in other_sizes(accepts, inputs, batches)]
+
+
+def test_free_sizes_are_changed_together_and_fixed_ones_stay() -> None:
+    found = shapes(lambda x: x[0].shape[1] == 3, torch.zeros(2, 3, 6, 8))
+    assert found == [[(3, 3, 12, 16)], [(2, 3, 5, 7)], [(2, 3, 1, 1)]]
+
+
+def test_sizes_that_have_to_be_equal_are_changed_together() -> None:
+    found = shapes(
+        lambda x: x[0].shape[1:] == x[1].shape[1:] and x[0].shape[1] <= 6 and len(x[0]) == len(x[1]),
+        torch.zeros(2, 5),
+        torch.zeros(2, 5),
+    )
+    assert found == [[(3, 6), (3, 6)], [(2, 4), (2, 4)], [(2, 1), (2, 1)]]
+
+
+def test_large_images_are_only_made_smaller() -> None:
+    found = shapes(lambda x: x[0].shape[1] == 3 and x[0].shape[2] % 32 == 0, torch.zeros(2, 3, 224, 224))
+    assert found == [[(2, 3, 192, 112)]]
+
+
+def test_batches_and_indices() -> None:
+    ids = torch.tensor([[3, 1], [4, 1]])
+    seen = list(other_sizes(lambda x: x[0].shape[1] == 2, (ids,), (1, 3)))
+    assert [len(x) for (x,) in seen] == [1, 3] and seen[1][0].tolist() == [[3, 1], [4, 1], [3, 1]]
+    assert shapes(lambda x: False, torch.zeros(2, 3)) == [] and shapes(lambda x: True, torch.tensor(1.0)) == []
+
+
+# The experiment ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["features in two dimensions", "kept"])
+def test_verify_isolation_finds_what_only_other_lengths_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An analysis that looks at the example's size alone, and at the entries of tables that it reads.
+    monkeypatch.setattr(convert, "accepted_sizes", lambda net, graphs, inputs: [inputs])
+    monkeypatch.setattr(agreement, "continuation", lambda labels, known: labels)
+    monkeypatch.setattr("hatify.support._unseen", lambda call, rule: rule(call))
+    model = hatify.hatify(make(name), 2, of_length(LENGTH))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    model.end_task()
+    assert leaks(model, 0, [of_length(LENGTH)]) == [] and leaks(model, 0, [of_length(9)]) != []
+    with pytest.raises(hatify.IsolationError, match=r"task 0: .* of .*weight, for inputs of shape \(4, 10, 6\)"):
+        hatify.verify_isolation(model)
+
+
+def test_verify_isolation_asks_batches_of_one_and_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hatify.hatify(make("rows"), 2, of_length(LENGTH, 2))
+    model.begin_task(0)
+    model.end_task()
+    asked = set()
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (asked.add(tuple(x.shape)), forward(self, x))[1])
+    model.task_state.register_forward_hook(lambda *_: None)
+    hatify.verify_isolation(model)
+    assert {shape[0] for shape in asked} >= {1, 2, 3}
