@@ -1,10 +1,10 @@
 """Thousands of generated networks: is the function kept, and does a finished task's answer ever change?
 
-Every network is converted; its outputs are compared with the original's for every task and two batch sizes; a few
-tasks are trained, with half of the features on at random and an optimizer drawn at random, and finished tasks are asked
-again at every turn; at last every entry that a finished task does not lock is replaced by noise. The networks are those
-of the tests (`tests/networks.py`), from other seeds. Prints a summary and stores it as JSON. Exit status 1 if a network
-failed.
+Every network is converted; its outputs are compared with the original's for every task, several batch sizes, and other
+lengths or image sizes than those of the conversion; a few tasks are trained, with half of the features on at random and
+an optimizer drawn at random, and finished tasks are asked again at every turn; at last every entry that a finished task
+does not lock is replaced by noise. The networks are those of the tests (`tests/networks.py`), from other seeds. Prints
+a summary and stores it as JSON. Exit status 1 if a network failed.
 
     python benchmarks/generated_networks.py --count 5000
     python benchmarks/generated_networks.py --count 100000 --time-budget 3600 --seed 1000000
@@ -32,7 +32,7 @@ import hatify
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from networks import FRONTS, generate
-from oracles import broken_promises, leaks, locks, parity_errors
+from oracles import broken_promises, leaks, locks, parity_errors, refuses
 
 NUM_TASKS = 3
 ROUNDING = 1e-5
@@ -45,6 +45,8 @@ class Findings:
 
     networks: int = 0
     parameters: int = 0
+    other_sizes: int = 0
+    other_sizes_refused: int = 0
     finished_tasks: int = 0
     entries_locked: int = 0
     entries_replaced_by_noise: int = 0
@@ -74,14 +76,17 @@ def examine(front: str, seed: int, findings: Findings) -> None:
         original = generated.net.eval()
         coupled = source.choice((True, True, False))
         model = hatify.hatify(original, NUM_TASKS, generated.inputs(2), couple=coupled)
-        batches = [generated.inputs(size, seed=size) for size in (generated.smallest_batch, 3)]
-        for error in parity_errors(model, original, batches):
+        findings.other_sizes += len(generated.others)
+        findings.other_sizes_refused += len(generated.others)
+        generated = generated.accepted(lambda inputs: not refuses(model, inputs))
+        findings.other_sizes_refused -= len(generated.others)
+        probes = generated.probes()
+        for error in parity_errors(model, original, probes):
             findings.largest_parity_error = max(findings.largest_parity_error, error)
             if error > ROUNDING:
                 failed("parity_failures", error)
-        for broken in broken_promises(model, generated.inputs, source, generated.smallest_batch):
+        for broken in broken_promises(model, generated.of_any_size, source, probes=probes):
             failed("changed_answers", broken)
-        probes = [generated.inputs(max(generated.smallest_batch, size), seed=size) for size in (1, 3)]
         leaking = False
         for task in model.finished_tasks:
             findings.finished_tasks += 1
@@ -93,7 +98,7 @@ def examine(front: str, seed: int, findings: Findings) -> None:
                 failed("leaks", f"task {task}: {', '.join(found)}")
         try:
             if model.finished_tasks:
-                hatify.verify_isolation(model, probes[-1])
+                hatify.verify_isolation(model, probes[1])
         except hatify.IsolationError as error:
             if not leaking:
                 failed("disagreements_with_verify_isolation", error)

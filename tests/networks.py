@@ -4,6 +4,9 @@ A network is a front end, some blocks, and an output layer. A *block* is a funct
 and the signal that comes in, and returns a module and the signal that goes out; the decorator `block` names the kinds
 of signal it takes. To have a new construction generated, write the module and its block.
 
+Conversion sees one example, of one size; sequences and images of other sizes may come later. Signals have the example's
+sizes. Which others a network takes is found out by asking it, and `Generated` makes inputs of those, too.
+
 Every choice is drawn from a ``random.Random``, so the same code serves hypothesis (`networks`), which can shrink what
 it finds, and long runs of seeds (`generate`).
 """
@@ -22,12 +25,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
 CHANNELS = (4, 8, 12)
 VOCABULARY = 11
 CLASSES = 3
+#: Of sequences other than the example.
+LENGTHS = (1, 2, 3, 4, 6, 7, 8, 9, 12, 16)
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -36,6 +42,7 @@ MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 ADAPTIVE_AVG = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 ADAPTIVE_MAX = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 FUNCTIONAL_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -87,6 +94,12 @@ class Draw:
     depth: int = 0
     #: Statistics over a batch need two samples.
     smallest_batch: int = 1
+    #: Whether what is drawn must take other numbers of positions than the example's.
+    free: bool = False
+
+    def open(self, signal: Signal) -> bool:
+        """Whether the positions of `signal` must be left free."""
+        return self.free and signal.kind != "vector"
 
     def one_of(self, *options: T) -> T:
         return self.random.choice(options)
@@ -126,6 +139,10 @@ def block(*kinds: str) -> Callable[[Block], Block]:
 def any_block(draw: Draw, signal: Signal, among: Sequence[str] | None = None) -> Made:
     """A random block that takes `signal`."""
     names = [n for n, (kinds, _) in BLOCKS.items() if signal.kind in kinds and (among is None or n in among)]
+    if draw.open(signal):
+        names = [n for n in names if n not in FIXED_SIZE]
+        if draw.flag():
+            names = [n for n in OTHER_SIZES if n in names] or names
     name = draw.one_of(*names)
     draw.note(name)
     return BLOCKS[name][1](draw, signal)
@@ -327,11 +344,13 @@ def norm(draw: Draw, signal: Signal) -> Made:
         if draw.flag():
             inner, _ = norm(draw, image(signal.channels, *signal.spatial))
             return Transposed(inner), signal
-        kind = draw.one_of("layer", "rms", "whole", "functional", "handwritten", "unit", "standardized")
+        whole = () if draw.free else ("whole",)
+        kind = draw.one_of("layer", "rms", *whole, "functional", "handwritten", "unit", "standardized")
     else:
         kind = draw.one_of("batch", "group", "layer", "rms", "functional", "handwritten", "unit", "standardized")
         if signal.kind == "image":
-            kind = draw.one_of(kind, "whole", *(("instance",) if math.prod(signal.spatial) > 1 else ()))
+            instance = ("instance",) if math.prod(signal.spatial) > 1 else ()
+            kind = draw.one_of(kind, *(() if draw.free else ("whole",)), *instance)
     draw.note(f"norm:{kind}")
     module = _norm(draw, kind, signal)
     if kind in ("layer", "rms") and signal.kind == "image":
@@ -776,7 +795,8 @@ def scale_shift(draw: Draw, signal: Signal) -> Made:
     """Raw parameters: along the channels, over channels and positions, or a scalar."""
 
     def parameter() -> Tensor:
-        shape = draw.one_of("channels", "everything", "scalar", "leading one")
+        everything = () if draw.open(signal) else ("everything",)
+        shape = draw.one_of("channels", *everything, "scalar", "leading one")
         draw.note(f"parameter:{shape}")
         if shape == "scalar":
             return torch.randn(1)
@@ -844,6 +864,7 @@ def pooled(draw: Draw, signal: Signal) -> Made:
         return stage(draw, signal)
     if draw.flag():
         kind = draw.one_of(ADAPTIVE_AVG, ADAPTIVE_MAX)
+        draw.free = False
         return kind[spatial](3), image(signal.channels, *(3,) * spatial)
     kind = draw.one_of(MAX_POOL, AVG_POOL)
     return kind[spatial](2), image(signal.channels, *(n // 2 for n in signal.spatial))
@@ -940,8 +961,9 @@ class Pooling(nn.Module):
 @block("image", "tokens")
 def to_vector(draw: Draw, signal: Signal) -> Made:
     """Positions are averaged, or become channels."""
-    how = draw.one_of("flatten", "mean", "view", "amax")
+    how = draw.one_of(*(() if draw.free else ("flatten", "view")), "mean", "amax")
     draw.note(f"to_vector:{how}")
+    draw.free = False
     dims = (1,) if signal.kind == "tokens" else tuple(range(2, 2 + len(signal.spatial)))
     size = signal.channels if how in ("mean", "amax") else math.prod(signal.shape)
     return Pooling(how, dims), vector(size)
@@ -1027,7 +1049,9 @@ def attention(draw: Draw, signal: Signal) -> Made:
         inner: nn.Module = TorchAttention(nn.MultiheadAttention(signal.channels, heads, batch_first=True))
     else:
         how = draw.one_of("sdpa", "matmul")
-        inner = Attention(signal, heads, how, separate=draw.flag(), normed=draw.flag(), biased=draw.flag())
+        inner = Attention(
+            signal, heads, how, separate=draw.flag(), normed=draw.flag(), biased=not draw.free and draw.flag()
+        )
     normalization = draw.one_of(nn.LayerNorm, nn.RMSNorm)(signal.channels)
     return PreNorm(signal, inner, _with_random_statistics(normalization), draw.flag()), signal
 
@@ -1081,7 +1105,8 @@ class Place(nn.Module):
 @block("tokens")
 def class_token(draw: Draw, signal: Signal) -> Made:
     length, channels = signal.shape
-    return ClassToken(signal, draw.one_of("parameter", "table", "none")), tokens(length + 1, channels)
+    position = "none" if draw.free else draw.one_of("parameter", "table", "none")
+    return ClassToken(signal, position), tokens(length + 1, channels)
 
 
 @block("tokens")
@@ -1248,6 +1273,7 @@ class CrossAttention(nn.Module):
 @block("tokens")
 def cross_attention(draw: Draw, signal: Signal) -> Made:
     queries = draw.one_of(1, 3)
+    draw.free = False
     return CrossAttention(signal.channels, queries, draw.flag()), tokens(queries, signal.channels)
 
 
@@ -1510,6 +1536,492 @@ def window_attention(draw: Draw, signal: Signal) -> Made:
     return (WindowAttention(signal), signal) if signal.channels % 2 == 0 else stage(draw, signal)
 
 
+# Other sizes than the example's --------------------------------------------------------------------------------------
+
+Read = Callable[[Tensor, Tensor], Tensor]
+
+#: Tables of positions: their shape for so many rows and channels, and what tokens (N, L, C) read of them.
+TABLES: dict[str, tuple[Callable[[int, int], tuple[int, ...]], Read]] = {
+    "rows": (lambda r, c: (r, c), lambda t, x: t[: x.shape[1]]),
+    "rows by method": (lambda r, c: (r, c), lambda t, x: t[: x.size(1), :]),
+    "leading one": (lambda r, c: (1, r, c), lambda t, x: t[:, : x.shape[1]]),
+    "expanded": (lambda r, c: (1, r, c), lambda t, x: t[:, : x.shape[1]].expand(x.shape[0], -1, -1)),
+    "flat": (lambda r, c: (r * c,), lambda t, x: t.view(-1, x.shape[2])[: x.shape[1]]),
+    "part of flat": (
+        lambda r, c: (r * c,),
+        lambda t, x: t[: x.shape[1] * x.shape[2]].view(x.shape[1], x.shape[2]),
+    ),
+    "channels first": (lambda r, c: (c, r), lambda t, x: t[:, : x.shape[1]].t()),
+    "indexed": (lambda r, c: (r, c), lambda t, x: t[torch.arange(x.shape[1])]),
+    "selected": (lambda r, c: (r, c), lambda t, x: t.index_select(0, torch.arange(x.shape[1]))),
+    "looked up": (lambda r, c: (r, c), lambda t, x: F.embedding(torch.arange(x.shape[1]), t)),
+    "narrow": (lambda r, c: (r, c), lambda t, x: t.narrow(0, 0, x.shape[1])),
+    "last rows": (lambda r, c: (r, c), lambda t, x: t[-x.shape[1] :]),
+    "one row": (lambda r, c: (r, c), lambda t, x: t[x.shape[1] - 1]),
+    "middle": (lambda r, c: (r, c), lambda t, x: t[x.shape[1] // 2 :][: x.shape[1]]),
+    "every second row": (lambda r, c: (2 * r, c), lambda t, x: t[: 2 * x.shape[1] : 2]),
+    "running sum": (lambda r, c: (r, c), lambda t, x: t.cumsum(0)[: x.shape[1]] / 4),
+    "mean of rows": (lambda r, c: (r, c), lambda t, x: t[: x.shape[1]].mean(0)),
+    "short and padded": (lambda r, c: (3, c), lambda t, x: F.pad(t, (0, 0, 0, x.shape[1] - 3))),
+    "interpolated": (
+        lambda r, c: (1, c, 3),
+        lambda t, x: F.interpolate(t, size=x.shape[1], mode="linear").transpose(1, 2),
+    ),
+    "ramp": (lambda r, c: (c,), lambda t, x: torch.arange(x.shape[1]).unsqueeze(1) * t / 4),
+}
+
+#: What becomes of features and what was read.
+USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "added": lambda x, t: x + t,
+    "subtracted from": lambda x, t: t - x,
+    "multiplied": lambda x, t: x * t,
+    "gate": lambda x, t: x * torch.sigmoid(t),
+    "fused": lambda x, t: torch.addcmul(t, x, t),
+}
+
+
+def table_rows(length: int) -> int:
+    """Rows of a table that has some to spare."""
+    return max(16, 2 * length + 4)
+
+
+class PositionTable(nn.Module):
+    """Positions meet rows of a table that has more of them than the example has positions."""
+
+    def __init__(self, signal: Signal, how: str, use: str) -> None:
+        super().__init__()
+        shape, self.read = TABLES[how]
+        self.table = nn.Parameter(torch.randn(shape(table_rows(signal.shape[0]), signal.channels)))
+        self.use = USES[use]
+        self.how = f"{how}, {use}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.read(self.table, x))
+
+    def extra_repr(self) -> str:
+        return self.how
+
+
+class HeadTable(nn.Module):
+    """The features are in two dimensions when they meet the table, with the positions between them or in front."""
+
+    def __init__(self, signal: Signal, between: bool, use: str) -> None:
+        super().__init__()
+        rows = table_rows(signal.shape[0])
+        shape = (2, rows) if between else (rows, 2)
+        self.table = nn.Parameter(torch.randn(*shape, signal.channels // 2))
+        self.between, self.use = between, USES[use]
+        self.how = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, channels = x.shape
+        x = x.view(n, length, 2, channels // 2)
+        if self.between:
+            return self.use(x.transpose(1, 2), self.table[:, :length]).transpose(1, 2).reshape(n, length, channels)
+        return self.use(x, self.table[:length]).flatten(2)
+
+    def extra_repr(self) -> str:
+        return self.how
+
+
+@block("tokens")
+def position_table(draw: Draw, signal: Signal) -> Made:
+    use = draw.one_of("added", "added", *USES)
+    how = draw.one_of(*TABLES, *(("heads", "heads", "heads inside") if signal.channels % 2 == 0 else ()))
+    draw.note(f"position_table:{how}")
+    inner, _ = layer(draw, signal, signal.channels)
+    if how.startswith("heads"):
+        return nn.Sequential(inner, HeadTable(signal, how == "heads", use)), signal
+    return nn.Sequential(inner, PositionTable(signal, how, use)), signal
+
+
+class SpatialTable(nn.Module):
+    """A table of positions in an image, of which smaller images read a corner."""
+
+    def __init__(self, signal: Signal, how: str, use: str) -> None:
+        super().__init__()
+        channels, edges = signal.channels, tuple(e + 4 for e in signal.spatial)
+        self.spatial, self.how, self.use = len(edges), how, USES[use]
+        self.uses = use
+        shapes = {
+            "channels last": (*edges, channels),
+            "leading one": (1, channels, *edges),
+            "first edge": (channels, edges[0]),
+            "flat positions": (channels, math.prod(edges)),
+            "interpolated": (1, channels, *(3,) * len(edges)),
+        }
+        self.table = nn.Parameter(torch.randn(shapes.get(how, (channels, *edges))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [x.shape[2 + d] for d in range(self.spatial)]
+        corner = tuple(slice(size) for size in sizes)
+        if self.how == "channels last":
+            return self.use(x, self.table[corner].movedim(-1, 0))
+        if self.how == "leading one":
+            return self.use(x, self.table[(slice(None), slice(None), *corner)])
+        if self.how == "first edge":
+            return self.use(x, self.table[:, : sizes[0]].view(-1, sizes[0], *(1,) * (self.spatial - 1)))
+        if self.how == "flat positions":
+            flat = x.flatten(2)
+            return self.use(flat, self.table[:, : flat.shape[2]]).view(x.shape)
+        if self.how == "interpolated":
+            return self.use(x, F.interpolate(self.table, size=x.shape[2:], mode=INTERPOLATION[self.spatial]))
+        if self.how == "narrow":
+            table = self.table
+            for d, size in enumerate(sizes):
+                table = table.narrow(1 + d, 0, size)
+            return self.use(x, table)
+        return self.use(x, self.table[(slice(None), *corner)])
+
+    def extra_repr(self) -> str:
+        return f"{self.how}, {self.uses}"
+
+
+@block("image")
+def spatial_table(draw: Draw, signal: Signal) -> Made:
+    hows = "channels first", "channels last", "leading one", "first edge", "flat positions", "interpolated", "narrow"
+    how = draw.one_of(*hows)
+    draw.note(f"spatial_table:{how}")
+    table = SpatialTable(signal, how, draw.one_of("added", "added", *USES))
+    return nn.Sequential(layer(draw, signal, signal.channels)[0], table), signal
+
+
+class TableInFront(nn.Module):
+    """As many learned tokens before the others as there are others."""
+
+    def __init__(self, signal: Signal) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(table_rows(signal.shape[0]), signal.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.table[: x.shape[1]].expand(x.shape[0], -1, -1), x), 1)
+
+
+@block("tokens")
+def table_in_front(draw: Draw, signal: Signal) -> Made:
+    length, channels = signal.shape
+    return (TableInFront(signal), tokens(2 * length, channels)) if length <= 8 else stage(draw, signal)
+
+
+class SpareRow(nn.Module):
+    """Positions meet the first rows of a table, other features its last one."""
+
+    def __init__(self, signal: Signal, branch: nn.Module, how: str) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(table_rows(signal.shape[0]), signal.channels))
+        self.branch, self.how = branch, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.table[: x.shape[1]]
+        if self.how == "branch":
+            return torch.cat((y, self.branch(x) + self.table[-1]), -1)
+        pooled = self.branch(x).mean(1, keepdim=True) + self.table[-1]
+        return (
+            y * torch.sigmoid(pooled) if self.how == "gate" else torch.cat((y, pooled.expand(-1, x.shape[1], -1)), -1)
+        )
+
+
+@block("tokens")
+def spare_row(draw: Draw, signal: Signal) -> Made:
+    how = draw.one_of("branch", "gate", "pooled")
+    draw.note(f"spare_row:{how}")
+    branch = layer(draw, signal, signal.channels)[0]
+    return SpareRow(signal, branch, how), signal if how == "gate" else signal.wide(2 * signal.channels)
+
+
+class Beyond(nn.Module):
+    """Treats the positions beyond as many as the example has otherwise than those before."""
+
+    def __init__(self, near: nn.Module, far: nn.Module, place: int, dim: int, cut: str, how: str) -> None:
+        super().__init__()
+        self.near, self.far = near, far
+        self.place, self.dim, self.cut, self.how = place, dim, cut, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = (slice(None),) * self.dim
+        if self.cut == "split":
+            near, far = torch.split(x, [self.place, x.shape[self.dim] - self.place], self.dim)
+        elif self.cut == "tensor split":
+            near, far = torch.tensor_split(x, (self.place,), self.dim)
+        elif self.cut == "from the end":
+            near, far = x[(*before, slice(-self.place, None))], x[(*before, slice(-self.place))]
+        else:
+            near, far = x[(*before, slice(self.place))], x[(*before, slice(self.place, None))]
+        if self.how == "summed":
+            return self.near(x) + far.sum(self.dim, keepdim=True)
+        if self.how == "gate":
+            return self.near(x) * torch.sigmoid(self.far(far).sum(self.dim, keepdim=True))
+        return torch.cat((self.near(near), self.far(far)), self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.cut} at {self.place} of dimension {self.dim}, {self.how}"
+
+
+def pointwise(signal: Signal) -> nn.Module:
+    """A linear layer that may meet no positions at all."""
+    linear = nn.Linear(signal.channels, signal.channels)
+    return ChannelsLast(linear, len(signal.spatial)) if signal.kind == "image" else linear
+
+
+@block("image", "tokens")
+def beyond(draw: Draw, signal: Signal) -> Made:
+    """At the example's size one of two parts is empty."""
+    cut = draw.one_of("slices", "slices", "split", "tensor split", "from the end")
+    how = draw.one_of("kept", "layer", "sigmoid", "softplus", "scaled", "summed", "gate")
+    draw.note(f"beyond:{how}")
+    far = {
+        "layer": lambda: pointwise(signal),
+        "gate": lambda: pointwise(signal),
+        "sigmoid": nn.Sigmoid,
+        "softplus": nn.Softplus,
+        "scaled": lambda: ScaleShift(parameter_along(signal), parameter_along(signal), "scale first"),
+    }.get(how, nn.Identity)()
+    dim = 1 if signal.kind == "tokens" else 2
+    return Beyond(layer(draw, signal, signal.channels)[0], far, signal.spatial[0], dim, cut, how), signal
+
+
+class Fitted(nn.Module):
+    """Makes a fixed number of positions of any number."""
+
+    def __init__(self, edges: tuple[int, ...], channels_last: bool, how: str) -> None:
+        super().__init__()
+        self.edges, self.how, self.spatial = edges, how, len(edges)
+        self.dims = tuple(range(1, 1 + self.spatial)) if channels_last else tuple(range(2, 2 + self.spatial))
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how in ("adaptive", "adaptive max", "interpolated"):
+            return self.resampled(x.transpose(1, 2)).transpose(1, 2) if self.channels_last else self.resampled(x)
+        padding: list[Any] = [0, 0] if self.channels_last else []
+        for edge, dim in zip(reversed(self.edges), reversed(self.dims), strict=True):
+            more = edge - x.shape[dim] if self.how == "pad by size" else edge
+            padding += [more, 0] if self.how == "pad in front, crop" else [0, more]
+        x = F.pad(x, padding, value=1.0 if self.how == "pad with ones, crop" else 0.0)
+        if self.how == "pad by size":
+            return x
+        for edge, dim in zip(self.edges, self.dims, strict=True):
+            part = slice(-edge, None) if self.how == "pad in front, crop" else slice(edge)
+            x = x[(*(slice(None),) * dim, part)]
+        return x
+
+    def resampled(self, x: Tensor) -> Tensor:
+        if self.how == "interpolated":
+            return F.interpolate(x, size=self.edges, mode="nearest")
+        kind = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+        if self.how == "adaptive max":
+            kind = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+        return kind[self.spatial](x, self.edges)
+
+    def extra_repr(self) -> str:
+        return f"{self.edges}, {self.how}"
+
+
+@block("image", "tokens")
+def fitted(draw: Draw, signal: Signal) -> Made:
+    """Pads and crops, by sizes or by constants, so that a layer may read all positions."""
+    if signal.channels > 12:
+        return stage(draw, signal)
+    how = draw.one_of(
+        "pad by size", "pad by size", "pad, crop", "pad in front, crop", "pad with ones, crop", "adaptive",
+        "adaptive max", "interpolated",
+    )  # fmt: skip
+    draw.note(f"fitted:{how}")
+    draw.free = False
+    if signal.kind == "tokens":
+        edges: tuple[int, ...] = (draw.one_of(8, 12),)
+    else:
+        edges = tuple(e + draw.one_of(-1, 2) for e in signal.spatial) if len(signal.spatial) < 3 else (4, 4, 4)
+    fit = Fitted(edges, signal.kind == "tokens", how)
+    fixed = tokens(*edges, signal.channels) if signal.kind == "tokens" else image(signal.channels, *edges)
+    out = draw.one_of("positions", "flat", "transposed and flat")
+    if out == "positions":
+        return fit, fixed
+    parts: list[nn.Module] = [layer(draw, signal, signal.channels)[0], fit]
+    if out == "transposed and flat":
+        name = "channels and positions change places"
+        parts.append(Function(name, lambda x: x.transpose(1, 2) if x.ndim == 3 else x.movedim(1, -1)))
+    return nn.Sequential(*parts, nn.Flatten()), vector(math.prod(fixed.shape))
+
+
+#: Some of the positions along dimension 1 or 2, and how many of so many they are.
+PARTS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], int]]] = {
+    "first half": (lambda x, d: x[(*(slice(None),) * d, slice(x.shape[d] // 2))], lambda n: n // 2),
+    "second half": (lambda x, d: x[(*(slice(None),) * d, slice(x.shape[d] // 2, None))], lambda n: n - n // 2),
+    "every second": (lambda x, d: x[(*(slice(None),) * d, slice(None, None, 2))], lambda n: (n + 1) // 2),
+    "all but the first": (lambda x, d: x[(*(slice(None),) * d, slice(1, None))], lambda n: n - 1),
+    "narrow": (lambda x, d: x.narrow(d, 1, x.shape[d] - 2), lambda n: n - 2),
+    "chunk": (lambda x, d: x.chunk(2, d)[0], lambda n: (n + 1) // 2),
+    "twice": (lambda x, d: torch.cat((x, x.flip(d)), d), lambda n: 2 * n),
+    "selected": (lambda x, d: x.index_select(d, torch.arange(x.shape[d] // 2)), lambda n: n // 2),
+}
+
+
+class Part(nn.Module):
+    def __init__(self, how: str, dim: int) -> None:
+        super().__init__()
+        self.part, self.dim, self.how = PARTS[how][0], dim, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x, self.dim)
+
+    def extra_repr(self) -> str:
+        return self.how
+
+
+@block("image", "tokens")
+def part(draw: Draw, signal: Signal) -> Made:
+    """Some of the positions, or one of them that a size tells."""
+    edge = signal.spatial[0]
+    if edge < 4 or edge > 16:
+        return stage(draw, signal)
+    how = draw.one_of(*PARTS, *(("last", "middle one") if signal.kind == "tokens" else ()))
+    draw.note(f"part:{how}")
+    if how in ("last", "middle one"):
+        draw.free = False
+        pick = (lambda x: x[:, x.shape[1] - 1]) if how == "last" else (lambda x: x[:, x.shape[1] // 2])
+        return Function(how, pick), vector(signal.channels)
+    edges = (PARTS[how][1](edge), *signal.spatial[1:])
+    out = tokens(*edges, signal.channels) if signal.kind == "tokens" else image(signal.channels, *edges)
+    return Part(how, 1 if signal.kind == "tokens" else 2), out
+
+
+class Sized(nn.Module):
+    """Computes with a number of positions; what it adds is zero, or one, at the example's."""
+
+    def __init__(self, dim: int, size: int, how: str) -> None:
+        super().__init__()
+        self.dim, self.size, self.how = dim, size, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[self.dim]
+        if self.how == "added":
+            return x + (size - self.size)
+        if self.how == "scaled":
+            return x * (size / self.size)
+        if self.how == "root":
+            return x * size**-0.5
+        if self.how == "mean":
+            return x - x.sum(self.dim, keepdim=True) / size
+        if self.how == "power":
+            return (x.abs() + 0.1) ** (1 + (size - self.size) / 8)
+        if self.how == "clamp":
+            return x.clamp(min=(size - self.size) / 8)
+        if self.how == "blend":
+            return torch.lerp(x, x.cos(), (size - self.size) / 16)
+        if self.how == "rolled by size":
+            return x.roll(size // 2, self.dim)
+        return x + (torch.arange(size) - self.size + 1).clamp(min=0).view(-1, *(1,) * (x.ndim - self.dim - 1))
+
+    def extra_repr(self) -> str:
+        return self.how
+
+
+@block("image", "tokens")
+def sized(draw: Draw, signal: Signal) -> Made:
+    how = draw.one_of("added", "scaled", "root", "mean", "power", "clamp", "blend", "rolled by size", "beyond")
+    draw.note(f"sized:{how}")
+    return Sized(1 if signal.kind == "tokens" else 2, signal.spatial[0], how), signal
+
+
+class Folded(nn.Module):
+    """Folds features or positions into the batch, by sizes, and back."""
+
+    def __init__(self, inner: nn.Module, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c = x.shape[0], x.shape[1]
+        if self.how == "positions":
+            return self.inner(x.reshape(n * c, x.shape[2])).view(n, c, -1)
+        if self.how == "channels":
+            return self.inner(x.reshape(n * c, 1, *x.shape[2:])).reshape(x.shape)
+        if self.how == "all channels":
+            return self.inner(x.reshape(1, n * c, *x.shape[2:])).reshape(x.shape)
+        return self.inner(x.reshape(n * 2, c // 2, *x.shape[2:])).reshape(n, c, *x.shape[2:])
+
+    def extra_repr(self) -> str:
+        return self.how
+
+
+@block("image", "tokens")
+def folded(draw: Draw, signal: Signal) -> Made:
+    """What is done to the batch is done to each sample alone."""
+    if signal.kind == "tokens":
+        inner, after = stage(draw, vector(signal.channels))
+        return Folded(inner, "positions"), signal.wide(after.channels)
+    spatial = len(signal.spatial)
+    how = draw.one_of("channels", "all channels", *(("groups",) if signal.channels % 2 == 0 else ()))
+    draw.note(f"folded:{how}")
+    if how == "channels":
+        inner = draw.one_of(nn.Softplus, nn.Sigmoid, lambda: CONV[spatial](1, 1, 3, padding=1))()
+    elif how == "groups":
+        inner = CONV[spatial](signal.channels // 2, signal.channels // 2, 1)
+    else:
+        pool = MAX_POOL if min(signal.spatial) < 3 else AVG_POOL
+        inner = draw.one_of(nn.Softplus, lambda: pool[spatial](3, 1, 1))()
+    return Folded(inner, how), signal
+
+
+class SizedAttention(nn.Module):
+    """Attention with a mask or with relative positions of as many tokens as there are."""
+
+    def __init__(self, signal: Signal, how: str) -> None:
+        super().__init__()
+        length, channels = signal.shape
+        self.rows, self.how = table_rows(length), how
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        if how == "table":
+            self.table = nn.Parameter(torch.randn(2, self.rows, self.rows))
+        elif how == "distances":
+            self.table = nn.Parameter(torch.randn(2 * self.rows - 1, 2))
+        elif how == "keys":
+            self.table = nn.Parameter(torch.randn(2, self.rows, channels // 2))
+        self.register_buffer("causal", torch.ones(self.rows, self.rows).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, channels = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, 2, channels // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.how == "keys":
+            k = k + self.table[:, :length]
+        scores = q @ k.transpose(-2, -1) * (channels // 2) ** -0.5
+        if self.how == "table":
+            scores = scores + self.table[:, :length, :length]
+        elif self.how == "distances":
+            places = torch.arange(length)
+            scores = scores + self.table[places[:, None] - places[None, :] + self.rows - 1].permute(2, 0, 1)
+        elif self.how == "mask":
+            scores = scores.masked_fill(self.causal[:length, :length] == 0, -1e4)
+        elif self.how == "made mask":
+            scores = scores.masked_fill(torch.ones(length, length).triu(1) > 0, -1e4)
+        return x + self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, channels))
+
+
+@block("tokens")
+def sized_attention(draw: Draw, signal: Signal) -> Made:
+    if signal.channels % 2:
+        return stage(draw, signal)
+    how = draw.one_of("table", "distances", "keys", "mask", "made mask")
+    draw.note(f"sized_attention:{how}")
+    return SizedAttention(signal, how), signal
+
+
+class TimeFirst(nn.Module):
+    """A recurrent module whose batch is the second dimension."""
+
+    def __init__(self, inner: nn.RNNBase) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+@block("tokens")
+def time_first(draw: Draw, signal: Signal) -> Made:
+    return TimeFirst(draw.one_of(nn.GRU, nn.LSTM)(signal.channels, 4)), signal.wide(4)
+
+
 #: Blocks that keep the kind of a signal and its positions, and so may stand inside others.
 SAME_POSITIONS = (
     "norm", "activation", "noise", "stage", "residual", "padded_residual", "branches", "split", "gate",
@@ -1517,7 +2029,17 @@ SAME_POSITIONS = (
     "recurrent", "padded", "bilinear", "computed_weight", "dynamic_weight", "mixture", "shared_stages", "channel_attention",
     "outer_product", "prototypes", "rearranged", "constants", "moving_center", "written_view", "auxiliary", "quotient",
     "over_positions",
-    "encoder_layer", "window_attention",
+    "encoder_layer", "window_attention", "position_table", "spatial_table", "spare_row", "beyond", "sized", "folded",
+    "sized_attention", "time_first",
+)  # fmt: skip
+
+#: Blocks that take no other number of positions than the example's.
+FIXED_SIZE = ("position_mixer", "constants", "window_attention")
+
+#: Blocks that do something else at other sizes than at the example's; what has many variants is drawn more often.
+OTHER_SIZES = (
+    "position_table", "position_table", "position_table", "spatial_table", "spatial_table", "table_in_front", "spare_row", "beyond", "fitted", "part", "sized", "folded",
+    "sized_attention", "time_first",
 )  # fmt: skip
 
 
@@ -1590,28 +2112,80 @@ class TwoHeads(nn.Module):
         return self.first(x), self.second(x)
 
 
+Shapes = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Generated:
     """A generated network, what to call it with, and what is in it."""
 
     net: nn.Module
-    shapes: tuple[tuple[int, ...], ...]
+    #: Of one sample of each input, as the conversion sees it.
+    shapes: Shapes
     ids: bool
     blocks: tuple[str, ...]
     smallest_batch: int
+    #: Shapes that the network takes, too, from the smallest to the largest.
+    others: tuple[Shapes, ...] = ()
 
-    def inputs(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs for a batch of at least `smallest_batch`."""
-        generator = torch.Generator().manual_seed(seed)
-        if self.ids:
-            return tuple(torch.randint(VOCABULARY, (batch, *shape), generator=generator) for shape in self.shapes)
-        return tuple(torch.randn(batch, *shape, generator=generator) for shape in self.shapes)
+    def inputs(self, batch: int, seed: int = 0, shapes: Shapes | None = None) -> tuple[Tensor, ...]:
+        """Random inputs for a batch of at least `smallest_batch`, of the example's size or of given shapes."""
+        return _inputs(self.ids, batch, seed, self.shapes if shapes is None else shapes)
+
+    def of_any_size(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random inputs of a size that `seed` chooses."""
+        return self.inputs(batch, seed, random.Random(seed).choice((self.shapes, *self.others)))
+
+    def probes(self) -> list[tuple[Tensor, ...]]:
+        """Inputs in batches of several sizes: two of the example's shapes, the smallest, the largest, one between."""
+        found = [(1, self.shapes), (3, self.shapes)]
+        if self.others:
+            between = self.others[len(self.others) // 2]
+            found += zip((3, 1, 5), dict.fromkeys((self.others[0], self.others[-1], between)))  # noqa: B905
+        return [self.inputs(max(self.smallest_batch, batch), i, shapes) for i, (batch, shapes) in enumerate(found)]
+
+    def accepted(self, accepts: Callable[[tuple[Tensor, ...]], bool]) -> Generated:
+        """The same with those of the other shapes whose inputs `accepts` accepts."""
+        batch = max(2, self.smallest_batch)
+        return replace(self, others=tuple(o for o in self.others if accepts(self.inputs(batch, shapes=o))))
 
     def __repr__(self) -> str:
-        return f"{self.net}\nfor inputs of shapes {self.shapes}"
+        return f"{self.net}\nfor inputs of shapes {self.shapes}, or {', '.join(map(str, self.others)) or 'no others'}"
 
 
-FRONTS = ("image1d", "image2d", "image3d", "patches", "ids", "vector", "conditioned")
+def _inputs(ids: bool, batch: int, seed: int, shapes: Shapes) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    if ids:
+        return tuple(torch.randint(VOCABULARY, (batch, *shape), generator=generator) for shape in shapes)
+    return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
+
+
+def answers_finitely(net: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether `net` takes such inputs, in training and in evaluation, with finite outputs and derivatives.
+
+    Leaves it in training mode, its buffers as they were.
+    """
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            outputs = tree_leaves(net.train()(*inputs))
+        learned = [p for p in net.parameters() if p.requires_grad]
+        total = sum(y.square().mean() for y in outputs)
+        slopes = torch.autograd.grad(total, learned, allow_unused=True) if total.requires_grad else ()
+        with torch.no_grad():  # last: a legacy weight norm keeps the weight of the last call
+            outputs += tree_leaves(net.eval()(*inputs))
+    except (RuntimeError, ValueError, IndexError, ArithmeticError, UserWarning):
+        return False
+    finally:
+        net.train()
+        with torch.no_grad():
+            for name, buffer in net.named_buffers():
+                buffer.copy_(buffers[name])
+    return all(bool(torch.isfinite(t).all()) for t in (*outputs, *slopes) if t is not None)
+
+
+FRONTS = ("image1d", "image2d", "image3d", "patches", "ids", "sequence", "vector", "conditioned")
 
 
 def generate(source: random.Random, front: str) -> Generated:
@@ -1625,6 +2199,7 @@ def generate(source: random.Random, front: str) -> Generated:
 
 def _generate(draw: Draw, front: str) -> Generated:
     draw.note(f"front:{front}")
+    draw.free = front != "vector" and draw.one_of(True, True, False)
     entry, shapes, signal = _front(draw, front)
     parts: list[nn.Module] = []
     for _ in range(draw.between(1, 4)):
@@ -1640,10 +2215,29 @@ def _generate(draw: Draw, front: str) -> Generated:
         parameter.requires_grad_(draw.one_of(True, True, False))
     if conditioned:
         net = Conditioned(entry, nn.Linear(shapes[1][0], 2 * CHANNELS[1]), net)
-    return Generated(net, shapes, front == "ids", tuple(draw.blocks), draw.smallest_batch)
+    ids = front == "ids"
+    others = tuple(o for o in _candidates(front, shapes) if answers_finitely(net, _inputs(ids, 4, 0, o)))
+    return Generated(net, shapes, ids, tuple(draw.blocks), draw.smallest_batch, others)
 
 
-def _front(draw: Draw, front: str) -> tuple[nn.Module, tuple[tuple[int, ...], ...], Signal]:
+def _candidates(front: str, shapes: Shapes) -> list[Shapes]:
+    """Shapes of inputs other than the example's, which a network of that front end might take."""
+    first, *rest = shapes
+    if front == "vector":
+        return []
+    if front in ("ids", "sequence"):
+        return [((length, *first[1:]),) for length in LENGTHS if length != first[0]]
+    edges = first[1:]
+    if front == "patches":
+        found = {(4, 4), (4, 8), (12, 4), (9, 8), (12, 8), (12, 12), (16, 12)}
+    else:
+        found = {tuple(e + more for e in edges) for more in (-1, 1, 2)} | {tuple(max(1, e // 2) for e in edges)}
+        found |= {tuple(e + 2 * i for i, e in enumerate(edges)), (edges[0] + 4, *edges[1:])}
+        found |= {(2, *edges[1:])} | (set() if len(edges) == 3 else {tuple(2 * e for e in edges)})
+    return [((first[0], *e), *rest) for e in sorted(found - {edges}, key=lambda e: (math.prod(e), e))]
+
+
+def _front(draw: Draw, front: str) -> tuple[nn.Module, Shapes, Signal]:
     """A first layer, the shapes of the network's inputs, and the signal behind the layer."""
     out = draw.channels()
     if front.startswith("image"):
@@ -1655,10 +2249,16 @@ def _front(draw: Draw, front: str) -> tuple[nn.Module, tuple[tuple[int, ...], ..
         shape = (3, 8, 8)
         patches = nn.Sequential(nn.Conv2d(3, out, 4, stride=4), ToTokens())
         if draw.flag():
-            return nn.Sequential(*patches, ClassToken(tokens(4, out), "parameter")), (shape,), tokens(5, out)
+            return (
+                nn.Sequential(*patches, ClassToken(tokens(4, out), "none" if draw.free else "parameter")),
+                (shape,),
+                tokens(5, out),
+            )
         return patches, (shape,), tokens(4, out)
     if front == "ids":
         return nn.Embedding(VOCABULARY, out), ((5,),), tokens(5, out)
+    if front == "sequence":
+        return nn.Linear(6, out), ((5, 6),), tokens(5, out)
     if front == "conditioned":
         return nn.Conv2d(3, CHANNELS[1], 3, padding=1), ((3, 4, 4), (6,)), image(CHANNELS[1], 4, 4)
     return nn.Linear(6, out), ((6,),), vector(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import hatify
-from networks import BLOCKS, FRONTS, FUNCTIONS, Generated, generate, networks
+from networks import BLOCKS, FRONTS, FUNCTIONS, Generated, answers_finitely, generate, networks
 from oracles import (
     OPTIMIZERS,
     broken_promises,
@@ -24,6 +25,7 @@ from oracles import (
     locks,
     no_repairs,
     parity_errors,
+    refuses,
     slopes_are_finite,
 )
 
@@ -32,11 +34,13 @@ NUM_TASKS = 3
 ROUNDING = 1e-5
 
 each_front = pytest.mark.parametrize("front", FRONTS)
-per_front = settings(max_examples=30)
+per_front = settings(max_examples=25)
 
 
-def convert(generated: Generated, source: random.Random) -> hatify.HatModel:
-    return hatify.hatify(generated.net, NUM_TASKS, generated.inputs(2), couple=source.choice((True, True, False)))
+def convert(generated: Generated, source: random.Random) -> tuple[hatify.HatModel, Generated]:
+    """The model, and the network without the sizes that the model refuses."""
+    model = hatify.hatify(generated.net, NUM_TASKS, generated.inputs(2), couple=source.choice((True, True, False)))
+    return model, generated.accepted(lambda inputs: not refuses(model, inputs))
 
 
 @each_front
@@ -46,18 +50,18 @@ def test_with_every_feature_on_the_function_is_kept(front: str, data: st.DataObj
     generated = data.draw(networks(front))
     note(generated)
     original = generated.net.eval()  # conversion leaves it alone
-    model = convert(generated, data.draw(st.randoms(use_true_random=False)))
-    batches = [generated.inputs(size, seed=size) for size in (generated.smallest_batch, 3)]
-    assert max(parity_errors(model, original, batches)) < ROUNDING
+    model, generated = convert(generated, data.draw(st.randoms(use_true_random=False)))
+    assert max(parity_errors(model, original, generated.probes())) < ROUNDING
 
     # In training mode likewise: the same noise, and then the same statistics.
     original.train()
     model.begin_task(1)
     for step in range(2):
+        inputs = generated.of_any_size(4, seed=step)
         torch.manual_seed(step)
-        expected = original(*generated.inputs(4, seed=step))
+        expected = original(*inputs)
         torch.manual_seed(step)
-        assert difference(model(*generated.inputs(4, seed=step)), expected) < ROUNDING
+        assert difference(model(*inputs), expected) < ROUNDING
     model.eval()
     with torch.no_grad():
         assert difference(model(*generated.inputs(3)), original.eval()(*generated.inputs(3))) < ROUNDING
@@ -70,17 +74,17 @@ def test_nothing_a_finished_task_answers_ever_changes(front: str, data: st.DataO
     generated = data.draw(networks(front))
     note(generated)
     source = data.draw(st.randoms(use_true_random=False))
-    model = convert(generated, source)
-    assert broken_promises(model, generated.inputs, source, generated.smallest_batch) == []
+    model, generated = convert(generated, source)
+    assert broken_promises(model, generated.of_any_size, source, probes=generated.probes()) == []
     assert_no_leaks(model, generated)
 
 
 def assert_no_leaks(model: hatify.HatModel, generated: Generated) -> None:
     """No entry that is free matters to a finished task, and hatify's own check comes to the same result."""
-    probes = [generated.inputs(max(generated.smallest_batch, size), seed=size) for size in (1, 3)]
+    probes = generated.probes()
     for task in model.finished_tasks:
         assert leaks(model, task, probes) == []
-    for inputs in probes:
+    for inputs in probes[:2]:
         hatify.verify_isolation(model, inputs)
 
 
@@ -91,6 +95,7 @@ def assert_no_leaks(model: hatify.HatModel, generated: Generated) -> None:
 def test_generated_networks_can_be_trained_unconverted(front: str) -> None:
     for seed in range(10):
         generated = generate(random.Random(seed), front)
+        assert all(answers_finitely(generated.net, probe) for probe in generated.probes()[2:])
         outputs = tree_leaves(generated.net.train()(*generated.inputs(4)))
         sum(y.square().mean() for y in outputs).backward()
         assert all(torch.isfinite(y).all() for y in outputs)
@@ -101,6 +106,14 @@ def test_every_kind_of_block_is_generated() -> None:
     seen = {name for seed in range(40) for front in FRONTS for name in generate(random.Random(seed), front).blocks}
     assert set(BLOCKS) <= seen
     assert {f"front:{front}" for front in FRONTS} <= seen
+
+
+def test_many_networks_take_other_sizes() -> None:
+    for front in (front for front in FRONTS if front != "vector"):
+        found = [generate(random.Random(seed), front) for seed in range(20)]
+        sizes = [[sum(map(math.prod, o)) - sum(map(math.prod, g.shapes)) for o in g.others] for g in found]
+        assert sum(any(n < 0 for n in s) and any(n > 0 for n in s) for s in sizes) >= 8
+        assert len({shapes for g in found for shapes in (g.shapes, *g.others)}) >= 5
 
 
 def test_the_same_seed_gives_the_same_network() -> None:
@@ -117,17 +130,17 @@ def test_without_a_lock_the_tests_would_fail(front: str) -> None:
     for seed in range(6):
         source = random.Random(seed)
         generated = generate(source, front)
-        model = convert(generated, source)
+        model, generated = convert(generated, source)
         with no_repairs():
             model.begin_task(0)
             half_on(model, 0, source)
             model.end_task()
-        inputs = generated.inputs(3)
+        probes = generated.probes()[1:]
         for name in [name for name, locked in locks(model, 0).items() if name in model.uses and locked.any()]:
             uses = model.uses.pop(name)
-            leaking = leaks(model, 0, [inputs]) != []
+            leaking = leaks(model, 0, probes) != []
             model.uses[name] = [type(uses[0])(torch.tensor([model.task_state.num_slots]), None)]
-            assert leaks(model, 0, [inputs]) == []
+            assert leaks(model, 0, probes) == []
             model.uses[name] = uses
             seen += leaking
     assert seen > 10
