@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from hatify.errors import CheckpointError, HatWarning, TaskError
 from hatify.lock import locked_entries, named_tensors, owned_by_tasks
 from hatify.model import HatModel
 from hatify.nn.per_task import PerTask, PerTaskTensor
-from hatify.nn.state import initial_embedding
-from hatify.rewrite import STATE
+from hatify.nn.state import STATE, initial_embedding
+from hatify.undo import all_or_nothing
 from hatify.weights import OriginalWeights
 
 RESETS = ("random", "original", "zero")
@@ -70,12 +71,27 @@ def forget_task(
     # All values before any is written: if one cannot be had, nothing has changed.
     values = _Values(model, task, reset, original)
     fresh = {name: values.of(name, tensors[name], chosen) for name, chosen in entries.items()}
-    for name, value in fresh.items():
-        tensors[name].copy_(torch.where(entries[name], value.to(tensors[name]), tensors[name]))
-    state.forget(task)
-    model._set_task(state.task)
-    model._settle()
+    with _kept_if_interrupted(model), all_or_nothing(model):
+        for name, value in fresh.items():
+            tensors[name].copy_(torch.where(entries[name], value.to(tensors[name]), tensors[name]))
+        state.forget(task)
+        model._known_answers.pop(task, None)
+        model._settle()
+        model.guard_anew()
     return report
+
+
+@contextmanager
+def _kept_if_interrupted(model: HatModel) -> Iterator[None]:
+    """The guard puts back what finished tasks own, and with it what the task that was being forgotten owned."""
+    guard = model._guard
+    assert guard is not None
+    guard.build()
+    try:
+        yield
+    except BaseException:
+        guard.put_right()
+        raise
 
 
 def _check(model: HatModel, task: int, reset: str, original: Any) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hatify.errors import TaskError
-from hatify.nn.per_task import PER_TASK, PerTask
-from hatify.nn.state import initial_embedding
+from hatify.nn.per_task import PER_TASK, PerTask, PerTaskTensor
+from hatify.nn.state import STATE, initial_embedding
 from hatify.policy import Policy
-from hatify.rewrite import STATE, heads_of_size
+from hatify.rewrite import heads_of_size
+from hatify.structure import tensor_names
+from hatify.undo import all_or_nothing
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
@@ -41,25 +44,35 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
         for path in heads
         if classes is not None
     }
+    with all_or_nothing(model):
+        _grow_modules(model, modules, fresh, source, n)
+        _grow_state(model, n)
+        trainable = model.__dict__["_trainable"]
+        trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
+        model.__dict__["_origin"] = replace(model._origin, added=(*model._origin.added, (n, classes)))
+        of_each_task = model.__dict__.get("num_classes")
+        if isinstance(of_each_task, tuple) and classes is not None:
+            model.__dict__["num_classes"] = (*of_each_task, *classes)
+        model.task_state.tensor_names = tensor_names(model)
+        model._settle()
+        model.guard_anew()
+
+
+def _grow_modules(
+    model: HatModel, modules: Sequence[tuple[str, nn.Module]], fresh: dict[str, list[nn.Module]], source: int, n: int
+) -> None:
+    """`n` more copies of all that tasks do not share: heads as given in `fresh`, the others like those of `source`."""
+    first, trainable = model.num_tasks, model.__dict__["_trainable"]
     memos: list[dict[int, Any]] = [{} for _ in range(n)]
-    trainable: set[str] = model.__dict__["_trainable"]
     for path, module in modules:
         if isinstance(module, PerTask):
             new = fresh[path] if path in fresh else [copy.deepcopy(module[source], memo) for memo in memos]
             module.extend([m.train(module.training) for m in new])
-        else:
+        elif isinstance(module, PerTaskTensor):
             for _ in range(n):
                 module.add(source)
-        own = [name.removeprefix(f"{path}.{source}") for name in trainable if _below(name, f"{path}.{source}")]
-        trainable |= {f"{path}.{task}{rest}" for task in range(first, first + n) for rest in own}
-    _grow_state(model, n)
-    trainable |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
-    model.__dict__["_origin"] = replace(model._origin, added=(*model._origin.added, (n, classes)))
-    of_each_task = model.__dict__.get("num_classes")
-    if isinstance(of_each_task, tuple) and classes is not None:
-        model.__dict__["num_classes"] = (*of_each_task, *classes)
-    model._set_task(model.task_state.task)
-    model._settle()
+        own = [name.removeprefix(f"{path}.{source}") for name in trainable.names if _below(name, f"{path}.{source}")]
+        trainable.names |= {f"{path}.{task}{rest}" for task in range(first, first + n) for rest in own}
 
 
 def _grow_state(model: HatModel, n: int) -> None:

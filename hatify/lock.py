@@ -1,27 +1,35 @@
 """Equation 2: which entries finished tasks own, and the guard that keeps them through any optimizer.
 
+The guard stands from the first `end_task` on, whether a task is open or not.
+
 Masked gradients alone do not protect a weight: weight decay, momentum from an earlier task and Adam's epsilon move
-weights whose gradient is zero. While a task is open, the guard therefore puts locked entries back after every step
-of any optimizer that holds parameters of the model. On a CPU, where copying is what a step notices, this is left out
-after steps that leave locked entries alone: those of torch's `_STILL` optimizers without weight decay, whose gradient
-has not been written to since it was masked, and whose momentum is zero at locked entries.
+weights whose gradient is zero. The guard therefore puts locked entries back after every step of any optimizer that
+holds parameters of the model. On a CPU, where copying is what a step notices, this is left out after steps that leave
+locked entries alone: those of torch's `_STILL` optimizers without weight decay, whose gradient has not been written to
+since it was masked, and whose momentum is zero at locked entries. What is written outside of steps (by an optimizer
+that swaps averaged weights in, or another process that broadcasts its buffers) is put right at the next forward pass.
+
+While no task is open, what finished tasks own takes no gradient at all. The copy that is needed to put it right is made
+when a task ends, or else at the first sign of training, so that a model that only answers holds nothing twice.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hatify.gate import EMBEDDING_LIMIT
 from hatify.labels import compact
 from hatify.nn.per_task import PER_TASK, owned_by
+from hatify.nn.state import STATE
 from hatify.regularization import Capacity
 
 if TYPE_CHECKING:
@@ -178,69 +186,177 @@ class _Whole:
     """A tensor that belongs to finished tasks as a whole."""
 
     name: str
-    tensor: Tensor
+    parameter: Tensor
     saved: Tensor
     version: int
 
+    def restore(self) -> None:
+        """Put the values back."""
+        self.parameter.copy_(self.saved)
+        self.version = self.parameter._version
+
+    def is_restored_in(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is what was saved."""
+        return torch.equal(tensor, self.saved)
+
+
+class _Stamps:
+    """A cheap look at whether tensors have been written to.
+
+    In place, by their versions; in other memory, by their addresses; through ``data``, which leaves no trace, by one
+    entry of each: what writes to all of a tensor moves that one, too.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], probes: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.probes: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for probe in probes:
+            self.probes.setdefault((probe.dtype, probe.device), []).append(probe)
+        self.values = [torch.stack(same_kind) for same_kind in self.probes.values()]
+        self.places = [t.data_ptr() for t in self.tensors]
+        self.versions = [t._version for t in self.tensors]
+
+    def renew(self, held: Container[int]) -> None:
+        """Take the tensors with the identities `held` as they are for untouched."""
+        self.versions = [t._version if id(t) in held else v for t, v in zip(self.tensors, self.versions, strict=True)]
+
+    def are_valid(self, look_inside: bool) -> bool:
+        """Whether nothing seems to have been written to; looking inside makes a GPU wait."""
+        if [t._version for t in self.tensors] != self.versions or [t.data_ptr() for t in self.tensors] != self.places:
+            return False
+        return all(
+            torch.equal(torch.stack(same_kind), value)
+            for same_kind, value in zip(self.probes.values(), self.values, strict=True)
+            if look_inside or value.device.type == "cpu"
+        )
+
 
 class Guard:
-    """Protects finished tasks while `task` is open, and remembers the state to return to if it is abandoned."""
+    """Protects finished tasks; while `task` is open, also remembers the state to return to if it is abandoned.
 
-    def __init__(self, model: HatModel, task: int, saved: dict[str, Tensor] | None = None) -> None:
-        self.saved = saved or {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
-        self.task = task
+    Args:
+        model: the model.
+        task: the task that is open, or None.
+        saved: the values to return to, by name; None: the current ones.
+        tensors: the tensors to protect, by name; None: those of the model.
+    """
+
+    def __init__(
+        self,
+        model: HatModel,
+        task: int | None = None,
+        saved: dict[str, Tensor] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         state = model.task_state
-        self.was_finished = state.finished[task]
+        self.task = task
+        self.tensors = dict(named_tensors(model)) if tensors is None else tensors
         others = [t for t, done in enumerate(state.finished) if done and t != task]
-        used = state.used(besides=task).to(state.embeddings[task].dtype)
-        #: Layer by layer, and of the network as a whole.
-        self.capacity = Capacity.beside(used, state.layer, len(state.groups))
-        self.capacity_of_all = Capacity.beside(used, torch.zeros_like(state.layer), 1)
-        self.embedding = state.embeddings[task]
         self.finished = {t: state.finished_masks[t].clone() for t in others}
-        masks = state.finished_masks[others]
-        tensors = dict(named_tensors(model))
+        self.masks = state.finished_masks[others]
+        self.uses = {name: uses for name, uses in model.uses.items() if others and name in self.tensors}
+        owned = {id(t) for t in owned_by_tasks(model, others)} if others else set()
+        kept = {*model.constants, f"{STATE}.finished_masks"} if others else set()
+        self.owned = [name for name, t in self.tensors.items() if id(t) in owned or name in kept]
+        self.saved: dict[str, Tensor] | None = saved
+        #: Whether an optimizer has been met that writes to weights when it is told to ``train()`` or ``eval()``.
+        self.swapping = False
         self.partial: list[_Partial] = []
         self.whole: list[_Whole] = []
-        if others:
-            for name, uses in model.uses.items():
-                parameter = tensors[name]
-                lock = locked_entries(uses, masks, parameter.shape)
-                if compact(lock).all():
-                    self._keep_whole(name, parameter)
-                elif compact(lock).any():
-                    assert isinstance(parameter, nn.Parameter)
-                    self.partial.append(_Partial(name, parameter, self.saved[name], lock))
-            names = {id(tensor): name for name, tensor in tensors.items()}
-            for tensor in owned_by_tasks(model, others):
-                self._keep_whole(names[id(tensor)], tensor)
-            for name in model.constants:
-                self._keep_whole(name, tensors[name])
-        self._handles = [
-            p.parameter.register_post_accumulate_grad_hook(p.mask_gradient)
-            for p in self.partial
-            if p.parameter.requires_grad
-        ]
-        self._handles += [
-            w.tensor.register_post_accumulate_grad_hook(_drop_gradient)
-            for w in self.whole
-            if isinstance(w.tensor, nn.Parameter) and w.tensor.requires_grad
-        ]
+        self._stamps: _Stamps | None = None
+        self._handles: list[Any] = []
+        if task is not None:
+            if saved is None:
+                self.saved = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+            self.was_finished = state.finished[task]
+            used = state.used(besides=task).to(state.embeddings[task].dtype)
+            #: Layer by layer, and of the network as a whole.
+            self.capacity = Capacity.beside(used, state.layer, len(state.groups))
+            self.capacity_of_all = Capacity.beside(used, torch.zeros_like(state.layer), 1)
+            self.embedding = state.embeddings[task]
+            self.build()
         weakref.finalize(self, _remove_all, self._handles)
         _watch_optimizers()
-        _OPEN.add(self)
+        self.arm()
 
-    def _keep_whole(self, name: str, tensor: Tensor) -> None:
-        self.whole.append(_Whole(name, tensor, self.saved[name], tensor._version))
+    @property
+    def is_built(self) -> bool:
+        """Whether there is a copy to put right from what finished tasks own."""
+        return self._stamps is not None
 
     @torch.no_grad()
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def build(self) -> None:
+        """Find the locked entries (Equation 2), and keep a copy of what they hold."""
+        if self.is_built:
+            return
+        saved = self.saved
+        if saved is None:
+            saved = {name: self.tensors[name].detach().clone() for name in (*self.uses, *self.owned)}
+        partial: list[_Partial] = []
+        whole = [_Whole(name, t, saved[name], t._version) for name in self.owned for t in [self.tensors[name]]]
+        for name, uses in self.uses.items():
+            parameter = self.tensors[name]
+            lock = locked_entries(uses, self.masks, parameter.shape)
+            if compact(lock).all():
+                whole.append(_Whole(name, parameter, saved[name], parameter._version))
+            elif compact(lock).any():
+                assert isinstance(parameter, nn.Parameter)
+                partial.append(_Partial(name, parameter, saved[name], lock))
+        self.saved, self.partial, self.whole = saved, partial, whole
+        self._stamps = self._stamped()
+
+    def _stamped(self) -> _Stamps:
+        probes = [_entry(p.parameter, int(p.sample[0])) for p in self.partial]
+        parameters = [w.parameter for w in self.whole if isinstance(w.parameter, nn.Parameter)]
+        probes += [_entry(p, 0) for p in parameters if p.numel() and not p.is_meta]
+        held = [p.parameter for p in self.partial] + [w.parameter for w in self.whole]
+        return _Stamps(held, (p for p in probes if bool(torch.isfinite(p))))
+
+    def arm(self) -> None:
+        """Let gradients reach nothing that finished tasks own, and watch the steps of optimizers."""
+        if self._handles:
+            return
+        hooks: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        if self.task is None:
+            refuse = partial(_refuse_gradient, weakref.ref(self))
+            hooks = [(self.tensors[name], refuse) for name in {*self.uses, *self.owned}]
+        else:
+            hooks = [(p.parameter, p.mask_gradient) for p in self.partial]
+            hooks += [(w.parameter, _drop_gradient) for w in self.whole]
+        self._handles += [
+            tensor.register_post_accumulate_grad_hook(hook)
+            for tensor, hook in hooks
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        ]
+        _STANDING.add(self)
+
+    def disarm(self) -> None:
+        """Protect nothing any more."""
+        _STANDING.discard(self)
+        _remove_all(self._handles)
+
+    @torch.no_grad()
+    def before_step(self, held: Container[int]) -> None:
+        """With no task open, a step finds no gradient of what tasks share, and what it moves nevertheless is put back.
+
+        Some may be left over from before the last task ended. `held` are the identities of what is stepped.
+        """
+        if self.task is not None:
+            return
+        for tensor in (self.tensors[name] for name in {*self.uses, *self.owned}):
+            if id(tensor) in held:
+                self.build()
+                tensor.grad = None
+
+    @torch.no_grad()
+    def restore(self, optimizer: torch.optim.Optimizer, decay: Mapping[int, float]) -> None:
         """Put back the locked entries of what `optimizer` updates, and keep embeddings within reach of their gradient.
 
         Nothing else is touched: with one optimizer per parameter, stepped during the backward pass, that pass still
-        needs the other parameters as they are.
+        needs the other parameters as they are. `decay` has the weight decay of each, by identity.
         """
-        decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
+        if self._stamps is None:
+            return
         updated = [p for p in self.partial if id(p.parameter) in decay]
         moved = [p for p in updated if not p.unmoved_by(optimizer, decay[id(p.parameter)])]
         if len(moved) < len(updated) and torch.cat([t for p in updated for t in p.sampled()]).any():
@@ -248,29 +364,37 @@ class Guard:
         for p in moved:
             p.restore()
         for w in self.whole:
-            if id(w.tensor) in decay and w.tensor._version != w.version:
-                w.tensor.copy_(w.saved)
-                w.version = w.tensor._version
-        if id(self.embedding) in decay:
+            if id(w.parameter) in decay and w.parameter._version != w.version:
+                w.restore()
+        if self.task is not None and id(self.embedding) in decay:
             self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
+        self._stamps.renew(decay)
+        self.swapping |= callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+    def check(self, training: bool) -> None:
+        """Before a forward pass: put right what was written to outside of a step, if anything seems to have been."""
+        if self._stamps is not None and _is_plain_call() and not self._stamps.are_valid(look_inside=not training):
+            self.put_right()
 
     @torch.no_grad()
-    def changed(self, model: HatModel) -> dict[str, int]:
-        """{name: how many locked entries are not what they were}; these are put back.
-
-        Looked up by name: a parameter may have been replaced by another object.
-        """
-        found = {}
-        tensors = dict(named_tensors(model))
+    def put_right(self) -> dict[str, int]:
+        """Put back every locked entry that is not what it was: {name: how many}."""
+        if self._stamps is None:
+            return {}
         every = torch.ones((), dtype=torch.bool)
-        locks = [(p.name, p.saved, p.lock) for p in self.partial if not p.is_restored_in(tensors[p.name])]
-        locks += [(w.name, w.saved, every) for w in self.whole if not torch.equal(tensors[w.name], w.saved)]
-        for name, saved, lock in locks:
-            different = (tensors[name] != saved) & lock.to(saved.device)
-            if count := int(different.sum()):
-                found[name] = count
-                tensors[name].copy_(torch.where(different, saved, tensors[name]))
-        return found
+        found = {}
+        records: list[_Partial | _Whole] = [*self.partial, *self.whole]
+        for record in records:
+            if not record.is_restored_in(record.parameter):
+                lock = record.lock if isinstance(record, _Partial) else every
+                found[record.name] = int(((record.parameter != record.saved) & lock.to(record.saved.device)).sum())
+                record.restore()
+        self._stamps = self._stamped()
+        return {name: count for name, count in found.items() if count}
+
+    def is_of(self, model: HatModel) -> bool:
+        """Whether the tensors of `model` still are the objects that are protected here."""
+        return all(self.tensors.get(name, tensor) is tensor for name, tensor in named_tensors(model))
 
     def is_for(self, model: HatModel) -> bool:
         """Whether this guards what `model` has finished and learns, which loading may have changed."""
@@ -279,33 +403,57 @@ class Guard:
         same = state.learning == self.task and finished == list(self.finished)
         return same and all(torch.equal(state.finished_masks[t], mask) for t, mask in self.finished.items())
 
-    def close(self) -> None:
-        """Protect nothing any more."""
-        _OPEN.discard(self)
-        _remove_all(self._handles)
+
+def _entry(tensor: Tensor, index: int) -> Tensor:
+    """One entry of a tensor, by its number in row-major order, in the tensor's own memory: shape ()."""
+    entry = tensor.detach()
+    for size, place in zip(tensor.shape, torch.unravel_index(torch.tensor(index), tensor.shape), strict=True):
+        entry = entry.select(0, int(place) % size)
+    return entry
+
+
+def _is_plain_call() -> bool:
+    """Whether tensors can be looked at: not while a call is recorded or tried out on tensors without values."""
+    recorded = torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return not recorded and _get_current_dispatch_mode() is None
+
+
+def _refuse_gradient(guard: weakref.ref[Guard], parameter: Tensor) -> None:
+    parameter.grad = None
+    standing = guard()
+    if standing is not None:
+        standing.build()
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-#: The guards of every model with an open task.
-_OPEN: weakref.WeakSet[Guard] = weakref.WeakSet()
+#: The guards of every model with finished tasks or an open one.
+_STANDING: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
 @cache
 def _watch_optimizers() -> None:
-    """Have `_restore_all` called after every step of every optimizer, from now on.
+    """Have every guard told of every step of every optimizer, from now on.
 
-    The hook stays: torch iterates over such hooks, and fails if one is removed meanwhile, as the garbage collector does
+    The hooks stay: torch iterates over such hooks, and fails if one is removed meanwhile, as the garbage collector does
     with that of a guard it happens to find.
     """
-    register_optimizer_step_post_hook(_restore_all)
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _restore_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for guard in list(_OPEN):
-        guard.restore(optimizer)
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for guard in list(_STANDING):
+        guard.before_step(held)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
+    for guard in list(_STANDING):
+        guard.restore(optimizer, decay)
 
 
 def _remove_all(handles: list[Any]) -> None:

@@ -44,16 +44,12 @@ def answer_each(model: HatModel, tasks: Tensor, args: tuple[Any, ...], kwargs: d
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] != len(tasks):
             raise TaskError(f"tasks of {len(tasks)} samples are set, but an input has the shape {tuple(leaf.shape)}")
-    before, parts, rows = model.task_state.task, {}, []
-    try:
-        for task in tasks.unique().tolist():
-            rows.append((tasks == task).nonzero().squeeze(1))
-            own_args, own_kwargs = _taken((args, kwargs), rows[-1])
-            model._set_task(task)
+    parts, rows = {}, []
+    for task in tasks.unique().tolist():
+        rows.append((tasks == task).nonzero().squeeze(1))
+        own_args, own_kwargs = _taken((args, kwargs), rows[-1])
+        with model.task(task):
             parts[task] = model(*own_args, **own_kwargs)
-    finally:
-        model._set_task(before)
-        model.__dict__["_task_of_sample"] = tasks
     return _together(parts, torch.cat(rows))
 
 

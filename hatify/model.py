@@ -12,25 +12,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from hatify import ranks
+from hatify.asking import answers, equal
 from hatify.census import Census
+from hatify.classify import computed_tensors
 from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError
 from hatify.gate import gate
 from hatify.growth import grow
 from hatify.lock import Guard, named_tensors
 from hatify.mixed import answer_each, check_tasks
 from hatify.nn.folding import forget
-from hatify.nn.per_task import PER_TASK, owned_by
-from hatify.nn.state import TaskState
+from hatify.nn.per_task import PER_TASK
+from hatify.nn.state import STATE, TaskState
 from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
-from hatify.rewrite import STATE
 from hatify.slots import Use
+from hatify.structure import check_leaves, check_structure, tensor_names
 from hatify.trace import reads_training_flag
+from hatify.trainable import Trainable
+from hatify.undo import all_or_nothing
+from hatify.weights import refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "_guard")
+_NOT_COPIED = ("_graph", "_graphs", "_guard", "_known_answers", "_ddp")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -57,8 +64,12 @@ class HatModel(fx.GraphModule):
     _origin: Origin
     _graphs: dict[bool, fx.Graph]
     _guard: Guard | None
-    _task_of_sample: Tensor | None
+    _known_answers: dict[int, list[Any] | None]
+    _unseen: bool
+    _trainable: Trainable
     _mode_readers: tuple[str, ...]
+    _ddp: ranks.Note | None = None
+    _ddp_params_and_buffers_to_ignore = property(ranks.ignored, ranks.ignore)
 
     def __init__(
         self,
@@ -86,10 +97,15 @@ class HatModel(fx.GraphModule):
             constants=tuple(e.name for e in plan.census if e.policy == "constant"),
             _owners=plan.owners,
             _origin=origin,
-            _trainable={name for name, p in self.named_parameters() if p.requires_grad},
+            _trainable=Trainable({name for name, p in self.named_parameters() if p.requires_grad}),
             _guard=None,
-            _task_of_sample=None,
+            _known_answers={},
+            _unseen=False,
         )
+        for module in self.modules():
+            if isinstance(module, PER_TASK):
+                module.choice = self.task_state.choice
+        self.task_state.tensor_names = tensor_names(self)
         self._install({True: training, False: evaluation})
         if training is not evaluation:
             self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
@@ -101,12 +117,12 @@ class HatModel(fx.GraphModule):
 
     def _install(self, graphs: dict[bool, fx.Graph]) -> None:
         self.__dict__["_graphs"] = graphs
-        self._select_graph()
+        self.select_graph(anew=True)
 
-    def _select_graph(self) -> None:
-        """Use the graph of the current mode. Most networks have one graph for both."""
+    def select_graph(self, anew: bool = False) -> None:
+        """Use the graph of the current mode (most networks have one for both); `anew`: write its code in any case."""
         graph = self._graphs[self.training]
-        if self.__dict__.get("_graph") is not graph:
+        if anew or self.__dict__.get("_graph") is not graph:
             self.__dict__["_graph"] = graph
             graph.owning_module = self
             self.recompile()
@@ -123,7 +139,7 @@ class HatModel(fx.GraphModule):
         if mode:
             forget(self)
         if "_graphs" in self.__dict__:
-            self._select_graph()
+            self.select_graph()
         return self
 
     def recompile(self) -> Any:
@@ -144,11 +160,16 @@ class HatModel(fx.GraphModule):
         with self._graph.on_generate_code(lambda _: reach_children):
             return super().recompile()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        refuse_plain_weights(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
+        memo.update(computed_tensors(self))
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         graphs = _copy_graphs(self._graphs, memo)
-        guard = self._guard
-        saved = None if guard is None else {name: tensor.clone() for name, tensor in guard.saved.items()}
+        before = self.values_before
+        saved = None if before is None else {name: tensor.clone() for name, tensor in before.items()}
         return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__)
 
     def __copy__(self) -> HatModel:
@@ -156,21 +177,34 @@ class HatModel(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
-        saved = None if self._guard is None else self._guard.saved
-        return _rebuild, (state, _copy_graphs(self._graphs, {}), saved, type(self).__name__)
+        return _rebuild, (state, _copy_graphs(self._graphs, {}), self.values_before, type(self).__name__)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HatModel:
-        saved = None if self._guard is None else self._guard.saved
+        guard, before = self._guard, self.values_before
+        if guard is not None:
+            guard.put_right()
         super()._apply(fn, recurse)
-        if saved is not None:
-            self._open_guard({name: fn(tensor) for name, tensor in saved.items()})
+        self._known_answers.clear()
+        if guard is not None:
+            self.guard_anew(None if before is None else {name: fn(tensor) for name, tensor in before.items()})
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tasks = self._task_of_sample
-        if tasks is None:
+        if (wrapper := DistributedDataParallel._active_ddp_module) is not None:
+            ranks.notice(self, wrapper)
+        if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        return answer_each(self, tasks, args, kwargs)
+        if self._guard is not None:
+            self._guard.check(self.training)
+        tasks = self.task_state.choice.of_samples
+        if tasks is not None:
+            return answer_each(self, tasks, args, kwargs)
+        outputs = super().__call__(*args, **kwargs)
+        if self._unseen and self.training and torch.is_grad_enabled():
+            check_structure(self)
+            check_leaves(self, (args, kwargs), outputs)
+            self.__dict__["_unseen"] = False
+        return outputs
 
     # Tasks -----------------------------------------------------------------------------------------------------------
 
@@ -209,84 +243,106 @@ class HatModel(fx.GraphModule):
         """Open a task for training, and lock what the finished tasks own.
 
         Switches to training mode and sets the mask scale to ``s_max``. A finished task is reopened: it may change, the
-        others may not. Warns with `CapacityWarning`, naming the layers in which finished tasks use every feature.
+        others may not. What is frozen stays frozen. Warns with `CapacityWarning`, naming the layers in which finished
+        tasks use every feature.
 
         Args:
             task: 0 … num_tasks − 1.
 
         Raises:
             TaskError: another task is open, or there is no such task.
+            HatError: parameters have been wrapped, removed or added since the conversion.
         """
         self._check_task(task)
         if self.active_task is not None:
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
+        check_structure(self)
+        self._put_right()
         self._warn_of_full_layers(task)
-        self.task_state.task_before = self.task_state.task
-        self._drop_guard()
-        self.task_state.learning = task
-        try:
-            self._set_task(task)
+        with all_or_nothing(self):
+            self.__dict__.pop("_ddp", None)
+            self._known_answers.pop(task, None)
+            for finished in self.finished_tasks:
+                if finished != task and finished not in self._known_answers:
+                    self._known_answers[finished] = self._answers(finished)
+            self.task_state.task_before = self.task_state.task
+            self.task_state.learning = task
+            self.task_state.choice.set(task)
             self._settle()
-            self._open_guard()
-        except BaseException:
-            # Without a guard there is nothing that abort_task could return to.
-            if self._guard is None:
-                self.task_state.learning = None
-                self._set_task(self.task_state.task_before)
-            raise
-        self.mask_scale = self.s_max
-        self.zero_grad(set_to_none=True)
-        self.train()
+            self.guard_anew()
+            self.mask_scale = self.s_max
+            self.zero_grad(set_to_none=True)
+            self.__dict__["_unseen"] = True
+            self.train()
 
     def end_task(self) -> None:
         """Close the open task: its masks become binary and fixed. Switches to evaluation mode.
+
+        Finished tasks are asked before: each has to answer the example inputs as it did at `begin_task`.
 
         Warns with `HatWarning` if a layer's mask is off altogether (its strongest feature is kept on), and if weights
         that finished tasks own were changed behind the guard's back (they are put back).
 
         Raises:
             TaskError: no task is open.
-            HatError: a parameter or buffer of the network is not finite; `abort_task` undoes the task.
+            HatError: a parameter or buffer of the network is not finite, or not the same on all ranks of a
+                `DistributedDataParallel` wrapper; a finished task does not answer as before; or parameters have been
+                wrapped, removed or added. The task is still open; `abort_task` undoes it.
         """
-        guard, task = self._require_open("end_task")
-        for name, count in guard.changed(self).items():
+        _, task = self._require_open("end_task")
+        changed = self._put_right()
+        guard = self._guard
+        assert guard is not None
+        # Before anything that may raise on one rank alone, where the others would wait for it.
+        ranks.agree(self, guard)
+        check_structure(self)
+        for name, count in changed.items() if not guard.swapping else ():
             warnings.warn(
                 f"{name}: {count} entries that finished tasks own were changed during task {task}, outside any "
                 "optimizer step; they have been put back",
                 HatWarning,
                 stacklevel=2,
             )
+        before = self.values_before
+        assert before is not None
         for name, tensor in named_tensors(self):
-            if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()):
+            if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()) or name not in before:
                 continue
             # What was infinite to begin with ("no limit") is not a fault.
-            if (~torch.isfinite(tensor) & torch.isfinite(guard.saved[name])).any():
+            if (~torch.isfinite(tensor) & torch.isfinite(before[name])).any():
                 raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
         state = self.task_state
         mask = state.binary(task)
         self._warn_of_empty_layers(task, mask)
-        state.finish(task, mask)
-        self._close_guard()
+        with all_or_nothing(self):
+            self._ask_finished_tasks(task)
+            state.finish(task, mask)
+            self._close()
 
     def abort_task(self) -> None:
         """Abandon the open task: everything is as it was at `begin_task`, bit for bit. Switches to evaluation mode.
 
-        Make a new optimizer afterwards; the old one still holds the abandoned task's momentum.
+        Make a new optimizer afterwards; the old one still holds the abandoned task's momentum. Parameters that have
+        been wrapped or added meanwhile stay so: undo that before the next `begin_task`.
 
         Raises:
             TaskError: no task is open.
         """
-        guard, _ = self._require_open("abort_task")
+        guard, task = self._require_open("abort_task")
+        before = self.values_before
+        assert before is not None
         with torch.no_grad():
-            for name, tensor in named_tensors(self):
-                tensor.copy_(guard.saved[name])
-        # end_task may have been interrupted.
-        self.task_state.finished[guard.task] = guard.was_finished
-        self._set_task(self.task_state.task_before)
-        self._close_guard()
+            # By the objects as well: a parameter may have another name by now, or be another object.
+            for name, tensor in (*guard.tensors.items(), *named_tensors(self)):
+                if name in before and tensor.shape == before[name].shape:
+                    tensor.copy_(before[name])
+        with all_or_nothing(self):
+            self.task_state.finished[task] = guard.was_finished
+            self.task_state.choice.set(self.task_state.task_before)
+            self._close(guard.tensors)
 
     def set_task(self, task: int | Tensor) -> None:
-        """Choose the task that answers, or one for each sample.
+        """Choose the task that answers, or one for each sample: for everybody, threads included; compare `task`.
 
         Args:
             task: its number; or the numbers of finished tasks, int64, shape (batch,): each sample of the next calls,
@@ -296,23 +352,13 @@ class HatModel(fx.GraphModule):
         Raises:
             TaskError: there is no such task, or, of several, one is not finished.
         """
-        if isinstance(task, Tensor):
-            check_tasks(self, task)
-            self.__dict__["_task_of_sample"] = task.clone()
-        else:
-            self._check_task(task)
-            self._set_task(task)
+        self.task_state.choice.set(*self._chosen(task))
 
     @contextmanager
     def task(self, task: int | Tensor) -> Iterator[HatModel]:
-        """Within the context, `task` answers."""
-        before, each_before = self.task_state.task, self._task_of_sample
-        self.set_task(task)
-        try:
+        """Within the context, `task` answers: in this thread or asyncio task alone."""
+        with self.task_state.choice.within(*self._chosen(task)):
             yield self
-        finally:
-            self._set_task(before)
-            self.__dict__["_task_of_sample"] = each_before
 
     def add_tasks(self, n: int, num_classes: int | Iterable[int] | None = None) -> None:
         """Make room for `n` more tasks than were foreseen; what finished tasks answer does not change.
@@ -365,11 +411,12 @@ class HatModel(fx.GraphModule):
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
             raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
 
-    def _set_task(self, task: int) -> None:
-        self.__dict__["_task_of_sample"] = None
-        for module in self.modules():
-            if isinstance(module, (*PER_TASK, TaskState)):
-                module.task = task
+    def _chosen(self, task: int | Tensor) -> tuple[int, Tensor | None]:
+        if isinstance(task, Tensor):
+            check_tasks(self, task)
+            return self.task_state.task, task.clone()
+        self._check_task(task)
+        return task, None
 
     def _require_open(self, call: str) -> tuple[Guard, int]:
         task = self.active_task
@@ -377,36 +424,68 @@ class HatModel(fx.GraphModule):
             raise TaskError(f"{call}() needs an open task: call begin_task() first")
         return self._guard, task
 
-    def _open_guard(self, saved: Mapping[str, Tensor] | None = None) -> None:
-        self._drop_guard()
-        assert self.active_task is not None
-        self.__dict__["_guard"] = Guard(self, self.active_task, dict(saved) if saved else None)
+    @property
+    def values_before(self) -> dict[str, Tensor] | None:
+        """What `abort_task` returns to: every parameter and buffer, by name; None while no task is open."""
+        return None if self._guard is None or self._guard.task is None else self._guard.saved
 
-    def _drop_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.close()
-            self.__dict__["_guard"] = None
+    def guard_anew(self, saved: Mapping[str, Tensor] | None = None, tensors: dict[str, Tensor] | None = None) -> None:
+        """Guard what is finished now and, while a task is open, what `abort_task` returns to: `saved`, else what is."""
+        old, task = self._guard, self.active_task
+        guarded = task is not None or any(self.task_state.finished)
+        guard = Guard(self, task, dict(saved) if saved else None, tensors) if guarded else None
+        if guard is not None and old is not None and old.is_built:
+            guard.build()
+        self.__dict__["_guard"] = guard
+        if old is not None:
+            old.disarm()
 
-    def _close_guard(self) -> None:
-        # From here on no task is open; whatever interrupts the rest, begin_task makes up for.
+    def _put_right(self) -> dict[str, int]:
+        """Put back all that finished tasks own, also into parameters that have become other objects."""
+        if self._guard is not None and self._guard.is_built and not self._guard.is_of(self):
+            self.guard_anew(self._guard.saved)
+        return {} if self._guard is None else self._guard.put_right()
+
+    def _answers(self, task: int) -> list[Any] | None:
+        """What a finished task answers to the example inputs; None if it cannot be asked as things are."""
+        try:
+            return answers(self, task, self.example_inputs)
+        except Exception:  # whatever an operation raises: parts on other devices, say
+            return None
+
+    def _ask_finished_tasks(self, learned: int) -> None:
+        """Raise a `HatError` if a finished task does not answer as before `learned` was: 0 · ∞ is not 0."""
+        if any(t.is_meta for _, t in named_tensors(self)):
+            return
+        twins: tuple[HatModel, HatModel] | None = None
+        for task in self.finished_tasks:
+            if task == learned:
+                continue
+            known, found = self._known_answers.get(task, []), self._answers(task)
+            if known is None or (found is not None and equal(found, known)):
+                continue
+            # Other threads, kernels or places in memory may round otherwise: ask both again, side by side.
+            if twins is None:
+                twins = copy.deepcopy(self), copy.deepcopy(self)
+                twins[0].abort_task()
+            then, now = (twin._answers(task) for twin in twins)
+            if then is not None and (now is None or not equal(then, now)):
+                raise HatError(
+                    f"task {task} does not answer as before: entries that no finished task uses became so large while "
+                    f"task {learned} was trained that 0 times what they lead to is no number any more; call "
+                    "abort_task(), and train with a smaller rate or clipped gradients"
+                )
+
+    def _close(self, tensors: dict[str, Tensor] | None = None) -> None:
         self.task_state.learning = None
-        self._drop_guard()
         self.zero_grad(set_to_none=True)
         self._settle()
+        self.guard_anew(tensors=tensors)
         self.eval()
 
     def _settle(self) -> None:
         """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
-        state = self.task_state
-        names = {id(p): name for name, p in self.named_parameters()}
-        trainable: set[str] = self.__dict__["_trainable"]
-        modules = [m for m in self.modules() if isinstance(m, PER_TASK)]
-        for task in range(self.num_tasks):
-            learns = not state.finished[task] if state.learning is None else state.learning == task
-            own = [t for m in modules for t in owned_by(m, task)]
-            for parameter in (*own, state.embeddings[task]):
-                if isinstance(parameter, nn.Parameter):
-                    parameter.requires_grad_(learns and names[id(parameter)] in trainable)
+        self._trainable.settle(self)
 
     def _warn_of_full_layers(self, task: int) -> None:
         used = self.task_state.used(besides=task)
@@ -460,13 +539,10 @@ def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...
 
 def _after_loading(model: HatModel, incompatible: Any) -> None:
     """Take over the task state that was loaded; a model that was not at that point yet guards what was loaded."""
-    state = model.task_state
-    model._set_task(state.task)
     model._settle()
-    if model._guard is not None and not model._guard.is_for(model):
-        model._drop_guard()
-    if model._guard is None and state.learning is not None:
-        model._open_guard()
+    model._known_answers.clear()
+    same = model._guard is not None and model._guard.is_for(model)
+    model.guard_anew(model.values_before if same else None)
 
 
 def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
@@ -483,8 +559,7 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, _guard=None)
+    model.__dict__.update(state, _guard=None, _known_answers={})
     model._install(graphs)
-    if saved is not None:
-        model._open_guard(saved)
+    model.guard_anew(saved)
     return model

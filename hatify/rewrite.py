@@ -14,11 +14,9 @@ from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
 from hatify.nn.norms import FEATURE_DIMS, zero_at_zero
 from hatify.nn.per_task import PerTask, PerTaskNorm, PerTaskTensor
+from hatify.nn.state import STATE
 from hatify.plan import MaskedNode, Plan
 from hatify.policy import Policy
-
-#: The one name in the converted network that is hatify's own.
-STATE = "_hat"
 
 
 def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Sequence[int] | None) -> None:

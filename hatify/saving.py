@@ -35,8 +35,8 @@ from hatify.convert import hatify
 from hatify.errors import CheckpointError, HatError
 from hatify.lock import named_tensors
 from hatify.model import HatModel
+from hatify.nn.state import STATE
 from hatify.origin import Architecture, Origin, jsonable
-from hatify.rewrite import STATE
 from hatify.weights import check_keys
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "hatify.json"
@@ -177,17 +177,18 @@ def describe(model: HatModel) -> dict[str, Any]:
     """What ``hatify.json`` says of a model."""
     origin = model._origin.resolved()
     assert origin.architecture is not None
+    trainable = model.__dict__["_trainable"].names
     description = {
         "format": FORMAT,
         "architecture": vars(origin.architecture),
         "conversion": origin.arguments,
         "example_inputs": tree_map_only(Tensor, lambda t: f"{t.dtype}, {tuple(t.shape)}", model.example_inputs),
         "tasks_added": origin.added,
-        "tasks": model.task_state.get_extra_state(),
+        "tasks": model.task_state.progress(),
         "training": model.training,
         "in_other_mode": [name for name, m in model.named_modules() if m.training != model.training],
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
-        "never_trained": [name for name, _ in model.named_parameters() if name not in model.__dict__["_trainable"]],
+        "never_trained": [name for name, _ in model.named_parameters() if name not in trainable],
         "strides": {name: t.stride() for name, t in _own_tensors(model) if t.stride() != _usual_stride(t)},
         "layout": layout_digest(model),
         "versions": _versions(),
@@ -234,8 +235,8 @@ def _own_tensors(model: HatModel) -> Iterator[tuple[str, Tensor]]:
 def _stored(model: HatModel) -> dict[str, Tensor]:
     """What ``model.safetensors`` holds."""
     tensors = dict(_own_tensors(model))
-    if model._guard is not None:
-        saved = model._guard.saved
+    saved = model.values_before
+    if saved is not None:
         tensors |= {BEFORE + name: saved[name] for name in list(tensors) if not _same_bits(saved[name], tensors[name])}
     tensors[INPUTS] = _packed(model.example_inputs, "example_inputs")
     for path, state in _extra_states(model):
@@ -411,16 +412,16 @@ def _restore(model: HatModel, description: dict[str, Any], tensors: dict[str, Te
     for name, packed in tensors.items():
         if name.startswith(EXTRA):
             model.get_submodule(name.removeprefix(EXTRA)).set_extra_state(_unpacked(packed))
-    model.task_state.set_extra_state(description["tasks"])
-    model._set_task(model.task_state.task)
+    model.task_state.set_progress(description["tasks"])
     never, frozen, flipped = (set(description[key]) for key in ("never_trained", "frozen", "in_other_mode"))
-    parameters = dict(model.named_parameters())
-    model.__dict__["_trainable"] = parameters.keys() - never
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    model.__dict__["_trainable"].as_it_is(model, never)
     model.train(description["training"])
     for name, module in model.named_modules():
         module.training = description["training"] != (name in flipped)
-    if model.active_task is not None:
+    if model.active_task is None:
+        model.guard_anew()
+    else:
         before = {name: t.detach().clone() for name, t in named_tensors(model)}
-        model._open_guard(before | {name: tensors[BEFORE + name].clone() for name in own if BEFORE + name in tensors})
+        model.guard_anew(before | {name: tensors[BEFORE + name].clone() for name in own if BEFORE + name in tensors})

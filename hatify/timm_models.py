@@ -42,7 +42,7 @@ from timm.models import (
 from hatify.convert import hatify
 from hatify.model import HatModel
 from hatify.nn.per_task import PerTask
-from hatify.rewrite import STATE
+from hatify.nn.state import STATE
 from hatify.weights import OriginalWeights
 
 PREFIX = "hat_"
@@ -150,7 +150,7 @@ class Layer:
 
 
 def _active(module: Any) -> Any:
-    return module[module.task] if isinstance(module, PerTask) else module
+    return module[module.choice.task] if isinstance(module, PerTask) else module
 
 
 @dataclass(frozen=True)

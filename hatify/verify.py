@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from hatify.asking import answers, equal, on_device
 from hatify.errors import IsolationError, TaskError
 from hatify.lock import locked_entries, named_tensors, owned_by_tasks
 from hatify.model import HatModel
 from hatify.policy import Policy
-from hatify.support import buffers_restored
+from hatify.sizes import other_sizes
+from hatify.undo import surroundings_kept
 
 
 def verify_isolation(
@@ -22,7 +25,9 @@ def verify_isolation(
 ) -> None:
     """Replace every entry that a finished task does not lock by noise, and compare that task's outputs bit for bit.
 
-    This is done for every finished task. The model is left untouched.
+    This is done for every finished task, on the inputs as they are, in batches of one and three, and at a larger and a
+    smaller size of every other dimension that the network leaves free (lengths of sequences, edges of images). All
+    happens in a copy of the model.
 
     Args:
         model: a converted model with at least one finished task.
@@ -30,26 +35,63 @@ def verify_isolation(
         seed: of the noise.
 
     Raises:
-        IsolationError: an output changed; names the task and the parameters whose unlocked entries changed it.
+        IsolationError: an output changed; names the task, the parameters whose unlocked entries changed it, and the
+            shapes of the inputs.
         TaskError: no task is finished.
     """
     if not model.finished_tasks:
         raise TaskError("no task is finished: there is nothing to verify yet")
-    inputs = model.example_inputs if example_inputs is None else example_inputs
-    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    for task in model.finished_tasks:
-        unlocked = unlocked_entries(model, task)
-        expected = answers(model, task, inputs)
-        with perturbed(model, unlocked, seed):
-            same = equal(answers(model, task, inputs), expected)
-        if not same:
-            guilty = []
-            for name, entries in unlocked.items():
-                with perturbed(model, {name: entries}, seed):
-                    if not equal(answers(model, task, inputs), expected):
-                        guilty.append(name)
-            names = ", ".join(guilty) or "several parameters together"
-            raise IsolationError(f"task {task}: outputs depend on entries that are not locked, of {names}")
+    with surroundings_kept():
+        inputs = on_device(model, model.example_inputs if example_inputs is None else _as_arguments(example_inputs))
+        twin = unguarded_copy(model)
+        probes = [inputs, *other_sizes(lambda other: _is_answered(twin, other), inputs, batches=(1, 3))]
+        for task in twin.finished_tasks:
+            unlocked = unlocked_entries(twin, task)
+            for probe in probes:
+                if guilty := _guilty(twin, task, unlocked, probe, seed):
+                    where = "" if probe is inputs else f", for inputs of shape {_shapes(probe)}"
+                    raise IsolationError(
+                        f"task {task}: outputs depend on entries that are not locked, of {', '.join(guilty)}{where}"
+                    )
+
+
+def _guilty(model: HatModel, task: int, unlocked: dict[str, Tensor], inputs: Any, seed: int) -> list[str]:
+    """The parameters and buffers through whose `unlocked` entries the outputs of `task` change."""
+    expected = answers(model, task, inputs)
+
+    def changed_by(entries: dict[str, Tensor]) -> bool:
+        with perturbed(model, entries, seed):
+            return not equal(answers(model, task, inputs), expected)
+
+    if not changed_by(unlocked):
+        return []
+    return [name for name, entries in unlocked.items() if changed_by({name: entries})] or ["several together"]
+
+
+def _as_arguments(inputs: tuple[Any, ...] | dict[str, Any] | Tensor) -> tuple[Any, ...] | dict[str, Any]:
+    return (inputs,) if isinstance(inputs, Tensor) else inputs
+
+
+def _shapes(inputs: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor))
+
+
+def unguarded_copy(model: HatModel) -> HatModel:
+    """A copy of a model in which nothing puts back what is written to it."""
+    twin = copy.deepcopy(model)
+    if twin._guard is not None:
+        twin._guard.disarm()
+        twin.__dict__["_guard"] = None
+    return twin
+
+
+def _is_answered(model: HatModel, inputs: Any) -> bool:
+    """Whether the finished tasks answer such inputs."""
+    try:
+        answers(model, model.finished_tasks[0], inputs)
+    except Exception:  # whatever an operation raises that cannot do with such sizes
+        return False
+    return True
 
 
 def unlocked_entries(model: HatModel, task: int) -> dict[str, Tensor]:
@@ -89,36 +131,3 @@ def perturbed(model: HatModel, entries: dict[str, Tensor], seed: int) -> Iterato
         with torch.no_grad():
             for name, value in saved.items():
                 tensors[name].copy_(value)
-
-
-def answers(model: HatModel, task: int, inputs: tuple[Any, ...] | dict[str, Any]) -> list[Any]:
-    """The outputs of a task in evaluation mode, as a flat list, with the same random numbers each time.
-
-    Modes, buffers, random numbers and the task that is set are restored.
-    """
-    modes = {module: module.training for module in model.modules()}
-    device = model.task_state.scale.device
-    inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
-    call: Callable[[], Any] = lambda: model(**inputs) if isinstance(inputs, dict) else model(*inputs)  # noqa: E731
-    model.eval()
-    try:
-        with torch.no_grad(), buffers_restored(model), torch.random.fork_rng(), model.task(task):
-            torch.manual_seed(0)
-            return tree_leaves(call())
-    finally:
-        model.train(modes[model])
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def equal(a: list[Any], b: list[Any]) -> bool:
-    """Whether two flat lists of outputs are equal, bit for bit but for the sign of zero; NaN equals NaN."""
-
-    def same(x: Any, y: Any) -> bool:
-        if not isinstance(x, Tensor):
-            return bool(x == y)
-        if not x.is_floating_point():
-            return torch.equal(x, y)
-        return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
-
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

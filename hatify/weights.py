@@ -10,12 +10,31 @@ from torch import Tensor
 
 from hatify.errors import CheckpointError, TaskError
 from hatify.nn.per_task import PER_TASK
-from hatify.nn.state import TaskState
+from hatify.nn.state import STATE, TaskState
 from hatify.policy import Policy
-from hatify.rewrite import STATE
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
+
+
+def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of ``load_state_dict``: weights of the original must not overwrite what tasks have learned.
+
+    Raises:
+        TaskError: tasks are finished, or one is open, and `state_dict` is not that of a converted model.
+    """
+    begun = (*model.finished_tasks, *(() if model.active_task is None else (model.active_task,)))
+    if not begun or f"{prefix}{STATE}.finished_masks" in state_dict:
+        return
+    own = {f"{prefix}{name}" for name in model.task_state.tensor_names}
+    spread = dict(state_dict)
+    OriginalWeights.of(model)(spread, prefix)
+    if not own.isdisjoint(spread):
+        raise TaskError(
+            f"load_state_dict: tasks {', '.join(map(str, begun))} have learned on this model, and weights of the "
+            "original would overwrite what they know: load those into a model that was just converted, with "
+            "hatify.load_plain_state_dict (a converted model's own state_dict() can be loaded at any time)"
+        )
 
 
 def load_plain_state_dict(model: HatModel, state_dict: Mapping[str, Tensor]) -> None:

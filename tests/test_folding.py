@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import hatify
 from hatify.nn import folding
+from oracles import unguarded
 
 
 @pytest.fixture
@@ -62,10 +63,18 @@ def test_changed_parameters_are_seen(model: hatify.HatModel, change: Callable[[n
     for name, parameter in model.named_parameters():
         if name.startswith("_hat") or ".1." in name:
             continue
-        before = answer(model)
-        with torch.no_grad():
+        with torch.no_grad(), unguarded(model):
+            before = answer(model)
             change(parameter)
-        assert not torch.equal(answer(model), before), name
+            assert not torch.equal(answer(model), before), name
+
+
+def test_the_caches_see_what_is_put_right(model: hatify.HatModel) -> None:
+    before = answer(model)
+    for _, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.add_(0.5)
+        assert torch.equal(answer(model), before)
 
 
 def test_another_task_has_its_own(model: hatify.HatModel) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import optimizer as torch_optimizer
 
 from hatify import HatError, HatWarning, hatify, verify_isolation
-from hatify.lock import _OPEN, _Partial, locked_entries
+from hatify.lock import _STANDING, _Partial, locked_entries
 from hatify.slots import Use
 
 # Masks are drawn at random here, without regard to capacity.
@@ -799,18 +799,23 @@ def test_a_step_after_the_task_has_ended_moves_nothing():
 def guards_before():
     """How many guards there are, without those of earlier tests' models."""
     gc.collect()
-    return len(_OPEN)
+    return len(_STANDING)
 
 
-def test_no_guard_outlives_the_task(guards_before):
-    model = finished_model()
-    assert len(_OPEN) == guards_before
-    model.begin_task(1)
-    assert len(_OPEN) == guards_before + 1
+def test_one_guard_stands_from_the_first_task_on(guards_before):
+    model = make_model()
+    assert len(_STANDING) == guards_before
+    model.begin_task(0)
     model.abort_task()
-    assert len(_OPEN) == guards_before
+    assert len(_STANDING) == guards_before
     for parameter in model.parameters():
         assert not parameter._post_accumulate_grad_hooks
+    model = finished_model()
+    for _ in range(2):
+        assert len(_STANDING) == guards_before + 1
+        model.begin_task(1)
+        assert len(_STANDING) == guards_before + 1
+        model.abort_task()
 
 
 def test_all_models_share_one_hook():
@@ -831,7 +836,7 @@ def test_no_guard_outlives_its_model(guards_before):
     del model
     gc.collect()
     assert alive() is None
-    assert len(_OPEN) == guards_before
+    assert len(_STANDING) == guards_before
     optimizer.step()
 
 
@@ -862,7 +867,7 @@ def test_a_model_is_collected_in_every_state(guards_before):
     del models, open_
     gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
-    assert len(_OPEN) == guards_before
+    assert len(_STANDING) == guards_before
 
 
 def test_an_optimizer_of_something_else_is_left_alone():

@@ -316,7 +316,7 @@ def test_statistics_do_not_depend_on_features_that_are_off(name: str) -> None:
 
 def test_each_task_has_statistics_of_its_own() -> None:
     norms = PerTaskNorm(nn.BatchNorm1d(C), [{}, {}])
-    norms.task = 1
+    norms.choice.set(1)
     norms.train()
     norms(torch.randn(6, C) + 3, torch.ones(C))
     assert [norm.num_batches_tracked.item() for norm in norms] == [0, 1, 0]

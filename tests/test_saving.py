@@ -57,7 +57,7 @@ def test_everything_is_as_it_was(model, tmp_path):
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert same_state(loaded, model)
-    assert loaded.task_state.get_extra_state() == model.task_state.get_extra_state()
+    assert loaded.task_state.progress() == model.task_state.progress()
     assert (loaded.finished_tasks, loaded.active_task, loaded.task_state.task) == ((0, 2), None, 2)
     assert not any(m.training for m in loaded.modules())
     assert same(answers(loaded), answers(model))

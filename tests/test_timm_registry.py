@@ -346,5 +346,8 @@ def test_weights_of_the_original_say_nothing_of_tasks_that_were_learned(weights)
     model = timm.create_model("hat_test_resnet", num_tasks=2, example_inputs=images())
     model.begin_task(0)
     model.end_task()
-    with pytest.raises(RuntimeError, match=r"Missing key.*_hat\."):
-        model.load_state_dict(weights)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(hatify.TaskError, match=r"tasks 0 have learned .* hatify\.load_plain_state_dict"):
+            model.load_state_dict(weights, strict=strict)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -7,31 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hatify.nn.choice import Choice
 from hatify.nn.norms import NORMS
 
 
 class PerTask(nn.ModuleList):
-    """One copy of a module per task; `task` says which one answers.
+    """One copy of a module per task; `choice`, which is the model's, says which one answers.
 
     Args:
         module: the original, which becomes the first task's copy.
         memos: one deep-copy memo per further task, so that parameters tied across modules stay tied within a task.
     """
 
-    task: int = 0
-
     def __init__(self, module: nn.Module, memos: list[dict[int, Any]]) -> None:
         super().__init__([module, *(copy.deepcopy(module, memo) for memo in memos)])
+        self.choice = Choice()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self[self.task](*args, **kwargs)
+        return self[self.choice.task](*args, **kwargs)
 
 
 class PerTaskNorm(PerTask):
     """One normalisation per task; with a mask of shape (features,), statistics are taken over the active features."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        norm = self._modules[str(self.task)]
+        norm = self._modules[str(self.choice.task)]
         assert norm is not None
         return norm(x) if mask is None else NORMS[type(norm)](norm, x, mask)
 
@@ -39,10 +39,9 @@ class PerTaskNorm(PerTask):
 class PerTaskTensor(nn.Module):
     """One copy of a raw parameter or buffer per task, named ``"0"``, ``"1"``, …; calling it returns the task's."""
 
-    task: int = 0
-
     def __init__(self, value: Tensor, num_tasks: int) -> None:
         super().__init__()
+        self.choice = Choice()
         self._register(0, value)
         for task in range(1, num_tasks):
             self._register(task, self._copy(value))
@@ -63,7 +62,7 @@ class PerTaskTensor(nn.Module):
         return nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied
 
     def forward(self) -> Tensor:
-        return getattr(self, str(self.task))
+        return getattr(self, str(self.choice.task))
 
 
 def owned_by(module: nn.Module, task: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +10,14 @@ from torch import Tensor, nn
 
 from hatify.errors import TaskError
 from hatify.gate import gate
+from hatify.nn.choice import Choice
 
 if TYPE_CHECKING:
     from hatify.slots import Layout
+
+
+#: The one name in the converted network that is hatify's own.
+STATE = "_hat"
 
 
 class TaskState(nn.Module):
@@ -25,9 +31,10 @@ class TaskState(nn.Module):
         finished_masks: the binary masks of finished tasks, bool, shape (tasks, slots).
         finished: whether each task is finished.
         scale: s, a scalar.
-        task: the task that answers.
+        choice: which task answers.
         learning: the task that is open for training, or None.
         task_before: the task that was set when it was opened.
+        tensor_names: of every parameter and buffer of the model.
     """
 
     finished_masks: Tensor
@@ -62,10 +69,16 @@ class TaskState(nn.Module):
         self.index_names = tuple(layout.indices)
         for i, index in enumerate(layout.indices.values()):
             self.register_buffer(f"index_{i}", index.to(like.device), persistent=False)
-        self.task = 0
+        self.choice = Choice()
         self.learning: int | None = None
         self.task_before = 0
+        self.tensor_names: frozenset[str] = frozenset()
         self._constant_masks: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def task(self) -> int:
+        """The task that answers."""
+        return self.choice.task
 
     def forward(self) -> dict[str, Tensor]:
         if self.training or not self.finished[self.task] or self.learning == self.task:
@@ -142,7 +155,8 @@ class TaskState(nn.Module):
         self._constant_masks.clear()
         return super()._apply(fn, recurse)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
+        """Where the tasks stand."""
         return {
             "task": self.task,
             "learning": self.learning,
@@ -150,10 +164,32 @@ class TaskState(nn.Module):
             "finished": list(self.finished),
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.task, self.learning, self.task_before = state["task"], state["learning"], state["task_before"]
-        self.finished = list(state["finished"])
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        """Let the tasks stand where they stood when `progress` was asked for."""
+        self.choice.set(progress["task"])
+        self.learning, self.task_before = progress["learning"], progress["task_before"]
+        self.finished = list(progress["finished"])
         self._constant_masks.clear()
+
+    def get_extra_state(self) -> Tensor:
+        """`progress` as what a state dictionary may hold anywhere: bool, shape (4, tasks).
+
+        Row by row: which tasks are finished, which one is learning, is set, and was set when that one was opened.
+        """
+        flags = torch.zeros(4, len(self.finished), dtype=torch.bool)
+        flags[0] = torch.tensor(self.finished, dtype=torch.bool)
+        for row, task in enumerate((self.learning, self.task, self.task_before), 1):
+            if task is not None:
+                flags[row, task] = True
+        return flags
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        """Take over what `get_extra_state` returned, now or in version 0.1, where it was a dictionary."""
+        if not isinstance(state, Tensor):
+            return self.set_progress(state)
+        learning, task, before = (row.nonzero()[:1].sum().item() if row.any() else None for row in state[1:])
+        finished = state[0].tolist()
+        self.set_progress({"task": task or 0, "learning": learning, "task_before": before or 0, "finished": finished})
 
 
 def initial_embedding(slots: int, init: str | float, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

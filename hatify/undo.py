@@ -1,0 +1,72 @@
+"""Either a call happens, or everything is as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from hatify.model import HatModel
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def surroundings_kept() -> Iterator[None]:
+    """Undo what happens to the gradient mode and the random numbers within the context if that is interrupted.
+
+    Ctrl-C between the last line of a ``with`` and its exit leaves both as they were inside.
+    """
+    enabled, numbers = torch.is_grad_enabled(), torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_grad_enabled(enabled)
+        torch.set_rng_state(numbers)
+        raise
+
+
+@contextmanager
+def all_or_nothing(model: HatModel) -> Iterator[None]:
+    """Undo what happens to a model within the context if that is interrupted, by an error or Ctrl-C.
+
+    Put back are modules, parameters and buffers as objects, attributes, modes, gradients, which task answers, and the
+    values of the state of the tasks. The values of other tensors are not: no call that uses this writes to them.
+    """
+    state = model.task_state
+    held = [
+        (vars(module), dict(vars(module)), [(v, copy.copy(v)) for v in vars(module).values() if type(v) in _CONTAINERS])
+        for module in (*model.modules(), model.__dict__["_trainable"])
+    ]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    values = [(buffer, buffer.clone()) for buffer in state.buffers()]
+    choose_as_before, guard = state.choice.remembered(), model._guard
+    try:
+        with surroundings_kept():
+            yield
+    except BaseException:
+        new_guard = model._guard
+        for attributes, then, containers in held:
+            attributes.clear()
+            attributes.update(then)
+            for container, contents in containers:
+                container.clear()
+                container.extend(contents) if isinstance(container, list) else container.update(contents)
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        choose_as_before()
+        if new_guard is not None and new_guard is not guard:
+            new_guard.disarm()
+        if guard is not None:
+            guard.arm()
+        model.select_graph(anew=True)
+        raise
