@@ -254,7 +254,8 @@ class Removal(SupportInterpreter):
             size = part[dim].kept.numel()
             index = torch.zeros(out[dim].kept.numel(), dtype=torch.int64)
             index[start : start + size] = torch.arange(1, size + 1)
-            self.relations.append(Moved([(part[dim], index)], Dims([out[dim]])))
+            if size:
+                self.relations.append(Moved([(part[dim], index)], Dims([out[dim]])))
             start += size
             self._elementwise([Dims(a for d, a in enumerate(dims) if d != dim) for dims in (part, out)])
         return True

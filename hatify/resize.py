@@ -70,7 +70,9 @@ def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: 
         if not any(dims[dim].cut for dims in (source, *out)):
             return node.target, args, kwargs
         return torch.split, (args[0], [_count(part[dim]) for part in out], dim), {}
-    if name == "narrow" and all(isinstance(a, int) for a in args[1:]):
+    if name == "narrow" and len(args) == 4 and source[args[1]].cut:
+        if not all(isinstance(a, int) for a in args[2:]):
+            raise CannotCut
         kept, start, length = source[args[1]].kept, args[2], args[3]
         return node.target, (*args[:2], int(kept[:start].sum()), int(kept[start : start + length].sum())), kwargs
     if name == "select" and len(args) == 3:

@@ -143,6 +143,41 @@ def test_a_loop_over_pieces_of_which_there_may_be_more_is_guarded() -> None:
         model(*of_length(9))
 
 
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("name", TOKENS)
+def test_extracted_networks_take_other_lengths(name: str, compact: bool) -> None:
+    net = make(name).eval()
+    model = hatify.hatify(net, 1, of_length(LENGTH, 2))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    plain = hatify.extract_task(model, 0, compact=compact)
+    for length in [LENGTH, *(n for n in LENGTHS if takes(net, n))]:
+        with torch.no_grad():
+            assert difference(plain(*of_length(length)), model(*of_length(length))) < 1e-5
+
+
+def test_what_is_empty_at_every_size_is_extracted() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.near, self.head = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 1), nn.Linear(40, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.head(torch.cat((self.near(h[:, :, :5]), h[:, :, 5:]), 2).flatten(1))
+
+    model = hatify.hatify(Fixed(), 1, (torch.randn(2, 3, 5),))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    x = torch.randn(3, 3, 5)
+    with torch.no_grad():
+        assert difference(hatify.extract_task(model, 0)(x), model(x)) < 1e-5
+
+
 class Pictures(nn.Module):
     """(N, 3, H, W) → (N, 3), likewise."""
 
