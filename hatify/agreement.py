@@ -12,13 +12,13 @@ from hatify.rules.registry import Findings, Masked
 
 
 def agree_on_reads(findings: Findings, classes: Classes) -> None:
-    """Settle what each call of a weighted layer reads: ON where nothing was ever read, or where sizes disagree.
+    """Settle what each call of a weighted layer reads: ON where sizes disagree, or where there was nothing to read.
 
     Where they disagree about one feature, all are ON: positions are padded or cropped to a fixed number, and which
     ones hold what at sizes that were not tried cannot be told.
     """
-    for (owner, _), (features, labels) in findings.read_at.items():
-        if not labels:
+    for (owner, node), (features, labels) in findings.read_at.items():
+        if not labels or (owner, node) in findings.starved:
             labels = [torch.full((features,), ON)]
         first, *others = (_named(label, classes) for label in labels)
         agreed = all(torch.equal(first, other) for other in others)
@@ -53,6 +53,17 @@ def _fits(masked: Masked, shape: torch.Size) -> bool:
 def _named(labels: Tensor, classes: Classes) -> Tensor:
     """`labels` with the same number for leaves of one class."""
     return torch.where(labels < ZERO, labels, classes.of(labels.clamp(min=ZERO)))
+
+
+def agree_on_zeros(findings: Findings) -> frozenset[fx.Node]:
+    """Zeros that are joined to something, as many as a size leaves: at another size, that may be where they are now."""
+    found = set()
+    for node in findings.zeros:
+        for user in (user for user in node.users if user.target in (torch.cat, torch.concat, torch.concatenate)):
+            dim = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
+            if not isinstance(dim, int) or len({shape[dim] for shape in findings.shapes[node]}) > 1:
+                found.add(node)
+    return frozenset(found)
 
 
 def agree_on_tables(space: LabelSpace, findings: Findings, classes: Classes) -> frozenset[str]:

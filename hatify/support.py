@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from hatify.agreement import agree_on_masks, agree_on_reads, agree_on_tables
+from hatify.agreement import agree_on_masks, agree_on_reads, agree_on_tables, agree_on_zeros
 from hatify.answers import asks
 from hatify.asking import buffers_restored, in_evaluation
 from hatify.classify import CHOSEN, Classification, is_altered
@@ -37,6 +37,7 @@ class SupportInterpreter(fx.Interpreter):
         findings: where reads and masks are recorded.
         mask_inputs: mask the features of floating-point inputs.
         unsure: nodes that get no mask, since other sizes would need other ones.
+        shrunk: whether the graph is going to be run on inputs smaller than the example's.
 
     Example:
         >>> space, findings = LabelSpace(couple=True), Findings()
@@ -57,9 +58,10 @@ class SupportInterpreter(fx.Interpreter):
         findings: Findings,
         mask_inputs: bool = False,
         unsure: Container[fx.Node] = (),
+        shrunk: bool = False,
     ) -> None:
         super().__init__(net, graph=graph)
-        self.unsure = unsure
+        self.unsure, self.shrunk = unsure, shrunk
         self.mask_inputs = mask_inputs
         self.modules = classification.modules
         self.output_weights = classification.output_weights
@@ -108,7 +110,9 @@ class SupportInterpreter(fx.Interpreter):
             self.findings,
             self._labels_of,
             self.output_weights,
-            node in self.never_masked or node in self.unsure,
+            node in self.never_masked,
+            node in self.unsure,
+            self.shrunk,
         )
         if not any(isinstance(t, Tensor) for t in torch.utils._pytree.tree_leaves(out)):
             return None
@@ -233,22 +237,30 @@ def analyse(
     """
     unsure: set[fx.Node] = set()
     whole: frozenset[str] = frozenset()
+    filling: frozenset[fx.Node] = frozenset()
     while True:
-        space, findings = LabelSpace(couple), Findings(whole=whole)
+        space, findings = LabelSpace(couple), Findings(whole=whole, filling=filling)
         with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for inputs in sizes:
+                shrunk = _elements(inputs) < _elements(sizes[0])
                 for graph in graphs:
-                    SupportInterpreter(net, graph, classification, space, findings, mask_inputs, unsure).run(
+                    SupportInterpreter(net, graph, classification, space, findings, mask_inputs, unsure, shrunk).run(
                         *positional(graph, inputs)
                     )
         classes = space.classes()
         agree_on_reads(findings, classes)
         disagreeing = agree_on_masks(findings, classes)
         partly_read = agree_on_tables(space, findings, classes)
-        if not disagreeing and not partly_read:
+        gaps = agree_on_zeros(findings) - filling
+        if not disagreeing and not partly_read and not gaps:
             return space, findings
         unsure |= disagreeing
         whole |= partly_read
+        filling |= gaps
+
+
+def _elements(inputs: Any) -> int:
+    return sum(t.numel() for t in tree_leaves(inputs) if isinstance(t, Tensor))
 
 
 #: More features than attention has heads are worth a mask.

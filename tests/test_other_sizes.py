@@ -30,8 +30,13 @@ class Tokens(nn.Module):
         super().__init__()
         self.first, self.near, self.far = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.second, self.head, self.between = nn.Linear(reads, 8), nn.Linear(8, 3), between
+        self.wide = nn.Linear(8, 96)
         for name, shape in TABLES.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def twice(self, h: Tensor) -> Tensor:
+        """Behind as many positions of something that is always on."""
+        return torch.cat((torch.sigmoid(h.detach()) * 0 + 1, h), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.second(self.between(self, self.first(x))))
@@ -79,6 +84,18 @@ TOKENS: dict[str, Between | tuple[Between, int]] = {
     "padded with ones": (lambda net, h: F.pad(h, (0, 0, 0, 12 - h.shape[1]), value=1.0).flatten(1), 96),
     "padded and cropped": (lambda net, h: F.pad(h, (0, 0, 0, 8), value=1.0)[:, :8].flatten(1), 64),
     "padded before a layer": lambda net, h: F.pad(h, (0, 0, 0, 4), value=1.0)[:, :4],
+    "padded beside other features": (
+        lambda net, h: F.pad(h, (0, 0, 0, 12 - h.shape[1])).flatten(1) + net.wide(h.mean(1)),
+        96,
+    ),
+    "zeros beside other features": (
+        lambda net, h: torch.cat((h, h.new_zeros(h.shape[0], 12 - h.shape[1], 8)), 1).flatten(1) + net.wide(h.mean(1)),
+        96,
+    ),
+    "seen at some sizes": lambda net, h: torch.cat((net.near(net.twice(h)[:, :10]), net.far(net.twice(h)[:, 10:])), 1),
+    "unit length, then a power": lambda net, h: (
+        ((h / h.square().sum(1, keepdim=True).sqrt()).abs() + 0.1) ** (1 + (h.shape[1] - 4) / 8)
+    ),
     "zeros beside": (lambda net, h: torch.cat((h, h.new_zeros(h.shape[0], 12 - h.shape[1], 8)), 1).flatten(1), 96),
     "clamped by a size": lambda net, h: h.clamp(min=(h.shape[1] - 5) / 8),
     "raised to a size": lambda net, h: h.abs() ** (h.shape[1] - 5),
@@ -133,6 +150,16 @@ def takes(net: nn.Module, length: int) -> bool:
         return bool(torch.isfinite(net(*of_length(length))).all())
     except (RuntimeError, IndexError):
         return False
+
+
+def test_what_short_inputs_lack_is_told_by_longer_ones() -> None:
+    model = hatify.hatify(Tokens(lambda net, h: net.near(h[:, 1:] - h[:, :-1])), 2, of_length(LENGTH))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    model.end_task()
+    masks = model.masks(0)
+    (lock,) = [p.lock.expand(8, 8) for p in model._guard.partial if p.name == "near.weight"]
+    assert torch.equal(lock, masks["near"][:, None] & masks["first"])
 
 
 def test_a_loop_over_pieces_of_which_there_may_be_more_is_guarded() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
-from hatify.labels import ZERO, varying_dims
+from hatify.labels import ON, ZERO, varying_dims
 from hatify.rules.registry import Call, Labels, behind, constant_labels, rule
 
 #: Names of the argument that is moved.
@@ -98,7 +98,7 @@ rule(
     torch.movedim, torch.atleast_2d, torch.take_along_dim,
     F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold,
     nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold,
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
     nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d,
     nn.CircularPad3d, nn.Identity,
     "reshape", "view", "view_as", "reshape_as", "flatten", "permute", "transpose", "swapaxes", "swapdims", "movedim",
@@ -191,14 +191,26 @@ def attribute(call: Call) -> Labels:
     return call.all_on()
 
 
-@rule(F.pad, torch._C._nn.pad)
+@rule(F.pad, torch._C._nn.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 def pad(call: Call) -> Labels:
     """Padding moves data; what a constant pads with is on unless it is zero."""
-    labels, padding = call.label(0), call.argument(1, "pad")
-    mode, value = call.argument(2, "mode", "constant"), call.argument(3, "value")
+    module: Any = call.module
+    if module is None:
+        padding, mode, value = call.argument(1, "pad"), call.argument(2, "mode", "constant"), call.argument(3, "value")
+    else:
+        padding, mode, value = module.padding, "constant", 0
+    labels = call.label(0)
     if mode != "constant":
         return _run(call, (labels, padding, mode), {})
-    return F.pad(labels, padding, value=1 if value else ZERO)
+    if value:
+        return F.pad(labels, padding, value=ON)
+    # How far positions are padded may depend on a size: the zeros behind them count as more of the same.
+    varying = varying_dims(labels)
+    padding = [0 if labels.ndim - 1 - i // 2 not in varying else n for i, n in enumerate(padding)]
+    labels = F.pad(labels, padding, value=ZERO)
+    fixed = [d in varying for d in range(labels.ndim)]
+    once = labels[tuple(slice(None) if keep else slice(1) for keep in fixed)]
+    return once.expand(call.out.shape)
 
 
 @rule("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
@@ -213,4 +225,5 @@ def cast(call: Call) -> Labels:
 def zeros(call: Call) -> Labels:
     """Fresh zeros. Uninitialised memory is the network's own business."""
     is_zero = "zero" in str(getattr(call.node.target, "__name__", call.node.target))
-    return constant_labels(call.out, ZERO) if is_zero else call.all_on()
+    call.findings.zeros.add(call.node)
+    return constant_labels(call.out, ZERO) if is_zero and call.node not in call.findings.filling else call.all_on()

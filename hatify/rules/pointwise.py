@@ -78,7 +78,8 @@ def divide(call: Call) -> Labels:
     if not isinstance(labels, Tensor) or not isinstance(call.out, Tensor):
         return call.all_on()
     labels = labels.expand(call.out.shape)
-    return call.mask(labels, zero_stays=True) if isinstance(divisor, Tensor) and _features(divisor) else labels
+    quotient = isinstance(divisor, Tensor) and _features(divisor)
+    return call.mask(labels, zero_stays=True, needed=True) if quotient else labels
 
 
 @rule(

@@ -59,12 +59,18 @@ class Findings:
     #: Labels of the input features that a weighted layer's call reads, at each size, and how many features these are:
     #: {(parameter or module, node): (I, [labels (I,), …])}.
     read_at: dict[tuple[str, fx.Node], tuple[int, list[Tensor]]] = field(default_factory=dict)
+    #: Those to which nothing was given at the size of the example, or at a larger one.
+    starved: set[tuple[str, fx.Node]] = field(default_factory=set)
     #: The masks that nodes are to have, at each size at which they need one.
     asked: dict[fx.Node, list[Masked]] = field(default_factory=dict)
     #: The shapes of outputs, at each size.
     shapes: dict[fx.Node, list[torch.Size]] = field(default_factory=dict)
     #: Leaves of entries of raw parameters that something was computed from, at any size.
     seen: list[Tensor] = field(default_factory=list)
+    #: Nodes that make zeros.
+    zeros: set[fx.Node] = field(default_factory=set)
+    #: Those that are joined to other positions, as many as a size leaves: there may be something else at other sizes.
+    filling: frozenset[fx.Node] = frozenset()
     #: Raw parameters of which parts stay unread at all sizes, and whose other parts do not tell what these would meet.
     whole: frozenset[str] = frozenset()
     #: The labels of raw parameters where they do, in the parameter's shape.
@@ -103,6 +109,10 @@ class Call:
     output_weights: frozenset[str] = frozenset()
     #: Whether a mask here would do harm.
     never_masked: bool = False
+    #: Whether sizes disagree about the mask that would be needed here.
+    unsure: bool = False
+    #: Whether the inputs are smaller than the example's.
+    shrunk: bool = False
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """The value of an argument, by position or name."""
@@ -127,20 +137,24 @@ class Call:
         _, found = self.findings.read_at.setdefault((owner, self.node), (features, []))
         if labels is not None:
             found.append(labels)
+        elif not self.shrunk:
+            self.findings.starved.add((owner, self.node))
 
     def all_on(self, like: Any = None) -> Labels:
         """``ON`` for every tensor of the output."""
         return constant_labels(self.out if like is None else like, ON)
 
-    def mask(self, labels: Tensor, zero_stays: bool = False) -> Tensor:
+    def mask(self, labels: Tensor, zero_stays: bool = False, needed: bool = False) -> Tensor:
         """Ask for a mask on this node's output, so that its support becomes `labels`; ON where that cannot be.
 
         A mask can be inserted where the features lie along one dimension, or along several with one at each place, such
         as (heads, features of a head). Labels that hold no leaf need none. What was always zero is ON afterwards,
-        unless the operation maps zero to zero there.
+        unless the operation maps zero to zero there. A mask that is `needed`, since without it there would be no
+        number, is put where others would do harm.
         """
         out = self.out
-        if labels.shape != out.shape or self.never_masked or not (out.is_floating_point() or out.is_complex()):
+        harmful = self.unsure or (self.never_masked and not needed)
+        if labels.shape != out.shape or harmful or not (out.is_floating_point() or out.is_complex()):
             return self.all_on()
         if not zero_stays:
             labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
