@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,10 @@ LEAF_BASES = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+
+
+#: Folders with code that a user looking for a mistake has not written.
+_NOT_THE_USERS = tuple(f"{Path(package).parent}{os.sep}" for package in (__file__, torch.__file__))
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,7 @@ def _register_constant(net: nn.Module, node: fx.Node) -> None:
 def _location(error: BaseException) -> str:
     """File and line of the innermost frame that is neither torch's nor ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = [f for f in frames if "/torch/" not in f.filename and "/hatify/" not in f.filename]
+    foreign = [f for f in frames if not f.filename.startswith(_NOT_THE_USERS)]
     frame = (foreign or frames)[-1]
     return f"{frame.filename}:{frame.lineno}"
 
