@@ -60,6 +60,7 @@ def forget_task(
         HatWarning: no shared entry belongs to the task alone.
     """
     _check(model, task, reset, original)
+    model._put_right()
     entries = belongs_to(model, task)
     if not any(name in model.uses for name in entries):
         message = f"task {task}: no entry of any shared parameter belongs to it alone"

@@ -29,6 +29,7 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
 
     if model.active_task is not None:
         raise TaskError(f"task {model.active_task} is open: call end_task() or abort_task() before adding tasks")
+    model._put_right()
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"the number of tasks to add must be a positive integer, not {n!r}")
     classes = class_counts(n, _heads_like_before(model) if num_classes is None else num_classes)

@@ -164,7 +164,12 @@ class HatModel(fx.GraphModule):
         refuse_plain_weights(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._look_after()
+        return super().state_dict(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
+        self._look_after()
         memo.update(computed_tensors(self))
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         graphs = _copy_graphs(self._graphs, memo)
@@ -176,6 +181,7 @@ class HatModel(fx.GraphModule):
         raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._look_after()
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         return _rebuild, (state, _copy_graphs(self._graphs, {}), self.values_before, type(self).__name__)
 
@@ -194,8 +200,7 @@ class HatModel(fx.GraphModule):
             ranks.notice(self, wrapper)
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        if self._guard is not None:
-            self._guard.check(self.training)
+        self._look_after(self.training)
         tasks = self.task_state.choice.of_samples
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
@@ -439,6 +444,11 @@ class HatModel(fx.GraphModule):
         self.__dict__["_guard"] = guard
         if old is not None:
             old.disarm()
+
+    def _look_after(self, training: bool = False) -> None:
+        """Put right what finished tasks own before it is used, if anything seems to have been written to."""
+        if self._guard is not None:
+            self._guard.check(training)
 
     def _put_right(self) -> dict[str, int]:
         """Put back all that finished tasks own, also into parameters that have become other objects."""

@@ -69,6 +69,7 @@ def save(model: HatModel, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"expected a converted model itself, not {type(model).__name__} (which may hold one)")
     folder = Path(path).absolute()
     model.__dict__["_origin"] = model._origin.resolved()
+    model._put_right()
     stamp = uuid.uuid4().hex
     description, tensors = json.dumps(describe(model) | {"weights": stamp}, indent=2), _stored(model)
     with _failures_named(folder):

@@ -29,7 +29,7 @@ def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix:
     own = {f"{prefix}{name}" for name in model.task_state.tensor_names}
     spread = dict(state_dict)
     OriginalWeights.of(model)(spread, prefix)
-    if not own.isdisjoint(spread):
+    if not own.isdisjoint({*spread, *state_dict}):
         raise TaskError(
             f"load_state_dict: tasks {', '.join(map(str, begun))} have learned on this model, and weights of the "
             "original would overwrite what they know: load those into a model that was just converted, with "

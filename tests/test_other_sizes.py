@@ -102,6 +102,9 @@ TOKENS: dict[str, Between | tuple[Between, int]] = {
     "raised to a negative power": lambda net, h: h.abs() ** -0.5,
     "divided by a size": lambda net, h: h / (h.square().sum(1, keepdim=True).sqrt() + 1) - h.sum(1, True) / h.shape[1],
     "rows by steps": lambda net, h: h + net.rows.repeat(2, 1)[: h.shape[1]].cumsum(0),
+    "clamped by a size, later": lambda net, h: h.clamp(min=(h.shape[1] - 11) / 8),
+    "clamped from above by a size": lambda net, h: h.clamp(max=(11 - h.shape[1]) / 4),
+    "raised to a size, later": lambda net, h: h.abs() ** (12 - h.shape[1]),
     "halves": lambda net, h: h[:, : h.shape[1] // 2 + 1] * 2,
     "resized": (lambda net, h: F.adaptive_avg_pool1d(h.transpose(1, 2), 3).flatten(1), 24),
 }

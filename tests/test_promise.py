@@ -177,6 +177,27 @@ def test_what_is_written_outside_of_steps_is_put_right_at_the_next_call(model: H
     assert same(answers(model), expected)
 
 
+@pytest.mark.parametrize("what", ["state_dict", "deepcopy", "save", "add_tasks", "forget_task"])
+def test_what_is_written_between_tasks_is_not_taken_over(model: HatModel, what: str, tmp_path) -> None:
+    expected, kept = answers(model), copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+    if what == "state_dict":
+        kept.load_state_dict(model.state_dict())
+    elif what == "deepcopy":
+        kept = copy.deepcopy(model)
+    elif what == "save":
+        hatify.save(model, tmp_path / "model")
+        kept = hatify.load(tmp_path / "model", SmallNet())
+    elif what == "add_tasks":
+        model.add_tasks(1)
+        kept = model
+    else:
+        hatify.forget_task(model, 0)
+        kept = model
+    assert same(answers(kept, [1]), expected[1:])
+
+
 @pytest.mark.parametrize("opened", [False, True])
 def test_buffers_that_are_overwritten_are_put_right(model: HatModel, opened: bool) -> None:
     expected = answers(model)
@@ -490,6 +511,8 @@ def test_weights_of_the_original_do_not_overwrite_finished_tasks(model: HatModel
     before = copy.deepcopy(model)
     with pytest.raises(TaskError, match=r"load_state_dict: tasks 0, 1(, 2)? have learned .*load_plain_state_dict"):
         model.load_state_dict(SmallNet().state_dict(), strict=strict)
+    with pytest.raises(TaskError, match="load_state_dict"):
+        model.load_state_dict({"bn.0.weight": torch.zeros(8)}, strict=False)
     with pytest.raises(TaskError, match="load_state_dict"):
         nn.ModuleDict({"inner": model}).load_state_dict({"inner.fc.weight": torch.zeros(8, 8)}, strict=False)
     assert same_state(model, before)

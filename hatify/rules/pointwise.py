@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from functools import reduce
 
@@ -51,8 +50,9 @@ def clamp(call: Call) -> Labels:
     if call.module is not None:
         low, high = (getattr(call.module, bound) for bound in ("min_val", "max_val"))
     else:
-        low, high = call.argument(1, "min", -math.inf), call.argument(2, "max", math.inf)
-        low, high = call.kwargs.get("min_val", low), call.kwargs.get("max_val", high)
+        # As the graph has them: a bound that a size or a value gives is another one for other inputs.
+        low, high = call.given(1, "min"), call.given(2, "max")
+        low, high = call.node.kwargs.get("min_val", low), call.node.kwargs.get("max_val", high)
     numbers = all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
     within = numbers and (low is None or low <= 0) and (high is None or high >= 0)
     return call.label(0) if within else call.mask(call.label(0))
