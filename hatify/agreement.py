@@ -1,7 +1,8 @@
-"""What the analysis found at several sizes of the inputs, made one: no conclusion rests on a size that is left free."""
+"""What the analysis found at several sizes of the inputs, made one: what they disagree about is not concluded."""
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import torch
@@ -101,7 +102,7 @@ def continuation(labels: Tensor, known: Tensor) -> Tensor | None:
     for count in range(len(dims) + 1):
         for chosen in combinations(dims, count):
             others = [d for d in range(labels.ndim) if d not in chosen]
-            rows = int(torch.tensor([labels.shape[d] for d in chosen]).prod()) if chosen else 1
+            rows = math.prod(labels.shape[d] for d in chosen)
             lines, shown = (t.permute(*chosen, *others).reshape(rows, -1) for t in (labels, known))
             if not shown.any(1).all():
                 continue

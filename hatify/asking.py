@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +63,16 @@ def same_numbers(model: HatModel) -> Iterator[None]:
         yield
 
 
-def on_device(model: HatModel, inputs: Any) -> Any:
-    """`inputs` where the model is, and as precise; never the same tensors, since a network may write to its inputs."""
+Arguments = tuple[Any, ...] | dict[str, Any]
+
+
+def arguments(model: HatModel, inputs: Arguments | Tensor | None) -> Arguments:
+    """What to call a model with: `inputs`, or those of its conversion, where the model is, and as precise.
+
+    Never the same tensors, since a network may write to its inputs.
+    """
     scale = model.task_state.scale
+    inputs = model.example_inputs if inputs is None else (inputs,) if isinstance(inputs, Tensor) else inputs
 
     def moved(t: Tensor) -> Tensor:
         return t.to(scale.device, scale.dtype if t.is_floating_point() else t.dtype, copy=True)
@@ -73,15 +80,18 @@ def on_device(model: HatModel, inputs: Any) -> Any:
     return tree_map_only(Tensor, moved, inputs)
 
 
-def answers(model: HatModel, task: int, inputs: tuple[Any, ...] | dict[str, Any]) -> list[Any]:
-    """The outputs of a task in evaluation mode, as a flat list, with the same random numbers each time.
-
-    Modes, buffers and random numbers are restored.
-    """
-    inputs = on_device(model, inputs)
-    call: Callable[[], Any] = lambda: model(**inputs) if isinstance(inputs, dict) else model(*inputs)  # noqa: E731
+@contextmanager
+def answering(model: HatModel, task: int) -> Iterator[None]:
+    """Within the context, `task` answers in evaluation mode; modes, buffers and random numbers are restored."""
     with in_evaluation(model), torch.no_grad(), same_numbers(model), model.task(task), buffers_restored(model):
-        return tree_leaves(call())
+        yield
+
+
+def answers(model: HatModel, task: int, inputs: Arguments) -> list[Any]:
+    """The outputs of a task, as a flat list, with the same random numbers each time."""
+    given = arguments(model, inputs)
+    with answering(model, task):
+        return tree_leaves(model(**given) if isinstance(given, dict) else model(*given))
 
 
 def equal(a: list[Any], b: list[Any]) -> bool:

@@ -1,6 +1,11 @@
 """What hatify raises and warns with."""
 
 
+def listed(names: list[str], kind: str = "", most: int = 5) -> str:
+    """The first few of many names, for a message: ``a, b and 3 more layers``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more {kind}".rstrip() if names[most:] else "")
+
+
 class HatError(RuntimeError):
     """Base class of every error hatify raises on purpose."""
 

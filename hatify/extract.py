@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hatify.asking import buffers_restored, in_evaluation
+from hatify.asking import answering, arguments
 from hatify.axes import Dims
 from hatify.errors import HatError, TaskError
 from hatify.examples import refusals_named
@@ -58,15 +57,9 @@ def extract_task(
         raise TaskError(f"task {task} is open for training: call end_task() first")
     if task not in model.finished_tasks:
         raise TaskError(f"task {task} is not finished: train it and call end_task() first")
-    inputs = model.example_inputs if example_inputs is None else example_inputs
-    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    device = model.task_state.scale.device
-    inputs = tree_map_only(Tensor, lambda t: t.to(device), inputs)
-    with refusals_named(model, inputs), ExitStack() as answering:
-        for context in (in_evaluation(model), model.task(task), torch.no_grad(), buffers_restored(model)):
-            answering.enter_context(context)
-        answering.enter_context(torch.random.fork_rng(devices=[]))
-        values = positional(model.graph, _filling(model, children_of(model), inputs))
+    inputs, device = arguments(model, example_inputs), model.task_state.scale.device
+    with refusals_named(model, inputs), answering(model, task):
+        values = positional(model.graph, _filling(model, inputs))
         modules = plain_modules(model, task)
         children = children_of(model if device.type == "cpu" else copy.deepcopy(model).cpu())
         frozen: set[fx.Node] = set()
@@ -104,9 +97,9 @@ class _Fullness(fx.Interpreter):
         return value
 
 
-def _filling(model: HatModel, children: nn.Module, inputs: Any) -> Any:
+def _filling(model: HatModel, inputs: Any) -> Any:
     """The inputs, or larger ones of which nothing is empty."""
-    fullness = _Fullness(children, graph=model.graph)
+    fullness = _Fullness(children_of(model), graph=model.graph)
     if fullness.of(inputs) is not False:
         return inputs
     others = other_sizes(lambda given: fullness.of(given) is not None, inputs)

@@ -76,7 +76,6 @@ def forget_task(
         for name, value in fresh.items():
             tensors[name].copy_(torch.where(entries[name], value.to(tensors[name]), tensors[name]))
         state.forget(task)
-        model._known_answers.pop(task, None)
         model._settle()
         model.guard_anew()
     return report

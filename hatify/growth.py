@@ -48,8 +48,7 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
     with all_or_nothing(model):
         _grow_modules(model, modules, fresh, source, n)
         _grow_state(model, n)
-        trainable = model.__dict__["_trainable"]
-        trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
+        model.task_state.trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
         model.__dict__["_origin"] = replace(model._origin, added=(*model._origin.added, (n, classes)))
         of_each_task = model.__dict__.get("num_classes")
         if isinstance(of_each_task, tuple) and classes is not None:
@@ -63,7 +62,7 @@ def _grow_modules(
     model: HatModel, modules: Sequence[tuple[str, nn.Module]], fresh: dict[str, list[nn.Module]], source: int, n: int
 ) -> None:
     """`n` more copies of all that tasks do not share: heads as given in `fresh`, the others like those of `source`."""
-    first, trainable = model.num_tasks, model.__dict__["_trainable"]
+    first, trainable = model.num_tasks, model.task_state.trainable
     memos: list[dict[int, Any]] = [{} for _ in range(n)]
     for path, module in modules:
         if isinstance(module, PerTask):

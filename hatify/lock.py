@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hatify.gate import EMBEDDING_LIMIT
 from hatify.labels import compact
 from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.nn.state import STATE
 from hatify.regularization import Capacity
+from hatify.stamps import Stamps, can_be_looked_at, entry
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
@@ -200,37 +200,6 @@ class _Whole:
         return torch.equal(tensor, self.saved)
 
 
-class _Stamps:
-    """A cheap look at whether tensors have been written to.
-
-    In place, by their versions; in other memory, by their addresses; through ``data``, which leaves no trace, by one
-    entry of each: what writes to all of a tensor moves that one, too.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor], probes: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
-        self.probes: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for probe in probes:
-            self.probes.setdefault((probe.dtype, probe.device), []).append(probe)
-        self.values = [torch.stack(same_kind) for same_kind in self.probes.values()]
-        self.places = [t.data_ptr() for t in self.tensors]
-        self.versions = [t._version for t in self.tensors]
-
-    def renew(self, held: Container[int]) -> None:
-        """Take the tensors with the identities `held` as they are for untouched."""
-        self.versions = [t._version if id(t) in held else v for t, v in zip(self.tensors, self.versions, strict=True)]
-
-    def are_valid(self, look_inside: bool) -> bool:
-        """Whether nothing seems to have been written to; looking inside makes a GPU wait."""
-        if [t._version for t in self.tensors] != self.versions or [t.data_ptr() for t in self.tensors] != self.places:
-            return False
-        return all(
-            torch.equal(torch.stack(same_kind), value)
-            for same_kind, value in zip(self.probes.values(), self.values, strict=True)
-            if look_inside or value.device.type == "cpu"
-        )
-
-
 class Guard:
     """Protects finished tasks; while `task` is open, also remembers the state to return to if it is abandoned.
 
@@ -263,7 +232,7 @@ class Guard:
         self.swapping = False
         self.partial: list[_Partial] = []
         self.whole: list[_Whole] = []
-        self._stamps: _Stamps | None = None
+        self._stamps: Stamps | None = None
         self._handles: list[Any] = []
         if task is not None:
             if saved is None:
@@ -305,12 +274,12 @@ class Guard:
         self.saved, self.partial, self.whole = saved, partial, whole
         self._stamps = self._stamped()
 
-    def _stamped(self) -> _Stamps:
-        probes = [_entry(p.parameter, int(p.sample[0])) for p in self.partial]
+    def _stamped(self) -> Stamps:
+        probes = [entry(p.parameter, int(p.sample[0])) for p in self.partial]
         parameters = [w.parameter for w in self.whole if isinstance(w.parameter, nn.Parameter)]
-        probes += [_entry(p, 0) for p in parameters if p.numel() and not p.is_meta]
+        probes += [entry(p, 0) for p in parameters if p.numel() and not p.is_meta]
         held = [p.parameter for p in self.partial] + [w.parameter for w in self.whole]
-        return _Stamps(held, (p for p in probes if bool(torch.isfinite(p))))
+        return Stamps(held, (p for p in probes if bool(torch.isfinite(p))))
 
     def arm(self) -> None:
         """Let gradients reach nothing that finished tasks own, and watch the steps of optimizers."""
@@ -373,7 +342,7 @@ class Guard:
 
     def check(self, training: bool) -> None:
         """Before a forward pass: put right what was written to outside of a step, if anything seems to have been."""
-        if self._stamps is not None and _is_plain_call() and not self._stamps.are_valid(look_inside=not training):
+        if self._stamps is not None and can_be_looked_at() and not self._stamps.are_valid(look_inside=not training):
             self.put_right()
 
     @torch.no_grad()
@@ -402,20 +371,6 @@ class Guard:
         finished = [t for t, done in enumerate(state.finished) if done and t != self.task]
         same = state.learning == self.task and finished == list(self.finished)
         return same and all(torch.equal(state.finished_masks[t], mask) for t, mask in self.finished.items())
-
-
-def _entry(tensor: Tensor, index: int) -> Tensor:
-    """One entry of a tensor, by its number in row-major order, in the tensor's own memory: shape ()."""
-    entry = tensor.detach()
-    for size, place in zip(tensor.shape, torch.unravel_index(torch.tensor(index), tensor.shape), strict=True):
-        entry = entry.select(0, int(place) % size)
-    return entry
-
-
-def _is_plain_call() -> bool:
-    """Whether tensors can be looked at: not while a call is recorded or tried out on tensors without values."""
-    recorded = torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-    return not recorded and _get_current_dispatch_mode() is None
 
 
 def _refuse_gradient(guard: weakref.ref[Guard], parameter: Tensor) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hatify import ranks
-from hatify.asking import answers, equal
 from hatify.census import Census
 from hatify.classify import computed_tensors
-from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError
+from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError, listed
 from hatify.gate import gate
 from hatify.growth import grow
+from hatify.known import KnownAnswers
 from hatify.lock import Guard, named_tensors
 from hatify.mixed import answer_each, check_tasks
 from hatify.nn.folding import forget
@@ -64,9 +64,8 @@ class HatModel(fx.GraphModule):
     _origin: Origin
     _graphs: dict[bool, fx.Graph]
     _guard: Guard | None
-    _known_answers: dict[int, list[Any] | None]
+    _known_answers: KnownAnswers
     _unseen: bool
-    _trainable: Trainable
     _mode_readers: tuple[str, ...]
     _ddp: ranks.Note | None = None
     _ddp_params_and_buffers_to_ignore = property(ranks.ignored, ranks.ignore)
@@ -97,15 +96,15 @@ class HatModel(fx.GraphModule):
             constants=tuple(e.name for e in plan.census if e.policy == "constant"),
             _owners=plan.owners,
             _origin=origin,
-            _trainable=Trainable({name for name, p in self.named_parameters() if p.requires_grad}),
             _guard=None,
-            _known_answers={},
+            _known_answers=KnownAnswers(),
             _unseen=False,
         )
         for module in self.modules():
             if isinstance(module, PER_TASK):
                 module.choice = self.task_state.choice
         self.task_state.tensor_names = tensor_names(self)
+        self.task_state.trainable = Trainable({name for name, p in self.named_parameters() if p.requires_grad})
         self._install({True: training, False: evaluation})
         if training is not evaluation:
             self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
@@ -190,7 +189,7 @@ class HatModel(fx.GraphModule):
         if guard is not None:
             guard.put_right()
         super()._apply(fn, recurse)
-        self._known_answers.clear()
+        self._known_answers.forget()
         if guard is not None:
             self.guard_anew(None if before is None else {name: fn(tensor) for name, tensor in before.items()})
         return self
@@ -266,10 +265,7 @@ class HatModel(fx.GraphModule):
         self._warn_of_full_layers(task)
         with all_or_nothing(self):
             self.__dict__.pop("_ddp", None)
-            self._known_answers.pop(task, None)
-            for finished in self.finished_tasks:
-                if finished != task and finished not in self._known_answers:
-                    self._known_answers[finished] = self._answers(finished)
+            self._known_answers.ask(self, besides=task)
             self.task_state.task_before = self.task_state.task
             self.task_state.learning = task
             self.task_state.choice.set(task)
@@ -283,7 +279,8 @@ class HatModel(fx.GraphModule):
     def end_task(self) -> None:
         """Close the open task: its masks become binary and fixed. Switches to evaluation mode.
 
-        Finished tasks are asked before: each has to answer the example inputs as it did at `begin_task`.
+        Finished tasks are asked before: nothing that training has done to the weights may change what they answer to
+        the example inputs.
 
         Warns with `HatWarning` if a layer's mask is off altogether (its strongest feature is kept on), and if weights
         that finished tasks own were changed behind the guard's back (they are put back).
@@ -320,7 +317,7 @@ class HatModel(fx.GraphModule):
         mask = state.binary(task)
         self._warn_of_empty_layers(task, mask)
         with all_or_nothing(self):
-            self._ask_finished_tasks(task)
+            self._known_answers.compare(self, learned=task)
             state.finish(task, mask)
             self._close()
 
@@ -456,36 +453,6 @@ class HatModel(fx.GraphModule):
             self.guard_anew(self._guard.saved)
         return {} if self._guard is None else self._guard.put_right()
 
-    def _answers(self, task: int) -> list[Any] | None:
-        """What a finished task answers to the example inputs; None if it cannot be asked as things are."""
-        try:
-            return answers(self, task, self.example_inputs)
-        except Exception:  # whatever an operation raises: parts on other devices, say
-            return None
-
-    def _ask_finished_tasks(self, learned: int) -> None:
-        """Raise a `HatError` if a finished task does not answer as before `learned` was: 0 · ∞ is not 0."""
-        if any(t.is_meta for _, t in named_tensors(self)):
-            return
-        twins: tuple[HatModel, HatModel] | None = None
-        for task in self.finished_tasks:
-            if task == learned:
-                continue
-            known, found = self._known_answers.get(task, []), self._answers(task)
-            if known is None or (found is not None and equal(found, known)):
-                continue
-            # Other threads, kernels or places in memory may round otherwise: ask both again, side by side.
-            if twins is None:
-                twins = copy.deepcopy(self), copy.deepcopy(self)
-                twins[0].abort_task()
-            then, now = (twin._answers(task) for twin in twins)
-            if then is not None and (now is None or not equal(then, now)):
-                raise HatError(
-                    f"task {task} does not answer as before: entries that no finished task uses became so large while "
-                    f"task {learned} was trained that 0 times what they lead to is no number any more; call "
-                    "abort_task(), and train with a smaller rate or clipped gradients"
-                )
-
     def _close(self, tensors: dict[str, Tensor] | None = None) -> None:
         self.task_state.learning = None
         self.zero_grad(set_to_none=True)
@@ -495,28 +462,23 @@ class HatModel(fx.GraphModule):
 
     def _settle(self) -> None:
         """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
-        self._trainable.settle(self)
+        self.task_state.trainable.settle(self)
 
     def _warn_of_full_layers(self, task: int) -> None:
         used = self.task_state.used(besides=task)
         full = [name for name, (start, stop) in self.task_state.groups.items() if used[start:stop].all()]
         if full:
-            message = (
-                f"{_listed(full)}: no feature is left that is free of finished tasks; task {task} can only reuse them"
-            )
+            layers = listed(full, "layers")
+            message = f"{layers}: no feature is left that is free of finished tasks; task {task} can only reuse them"
             warnings.warn(message, CapacityWarning, stacklevel=3)
 
     def _warn_of_empty_layers(self, task: int, mask: Tensor) -> None:
         forced = mask & (self.task_state.embeddings[task] <= 0)
         off = [name for name, (start, stop) in self.task_state.groups.items() if forced[start:stop].any()]
         if off:
-            message = f"{_listed(off)}: task {task} has every feature off; its strongest one is kept on"
+            layers = listed(off, "layers")
+            message = f"{layers}: task {task} has every feature off; its strongest one is kept on"
             warnings.warn(message, HatWarning, stacklevel=3)
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more layers" if len(names) > most else "")
 
 
 def _taken(model: HatModel, name: str) -> bool:
@@ -550,7 +512,7 @@ def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...
 def _after_loading(model: HatModel, incompatible: Any) -> None:
     """Take over the task state that was loaded; a model that was not at that point yet guards what was loaded."""
     model._settle()
-    model._known_answers.clear()
+    model._known_answers.forget()
     same = model._guard is not None and model._guard.is_for(model)
     model.guard_anew(model.values_before if same else None)
 
@@ -569,7 +531,7 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, _guard=None, _known_answers={})
+    model.__dict__.update(state, _guard=None, _known_answers=KnownAnswers())
     model._install(graphs)
     model.guard_anew(saved)
     return model

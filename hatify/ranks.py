@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from hatify.errors import HatError, TaskError
+from hatify.errors import HatError, TaskError, listed
 from hatify.lock import Guard, named_tensors, owned_by_tasks
 from hatify.nn.state import STATE
 
@@ -98,13 +98,13 @@ def _check_wrapper(model: HatModel, wrapper: DistributedDataParallel, task: int)
     made_before = f"this DistributedDataParallel wrapper was made before begin_task({task}): "
     if missing := [name for i, name in names.items() if i in trainable - reduced - left_alone]:
         raise TaskError(
-            f"{made_before}the gradient of {_listed(missing)} would never be reduced, and the ranks would drift apart; "
+            f"{made_before}the gradient of {listed(missing)} would never be reduced, and the ranks would drift apart; "
             f"wrap the model anew after begin_task({task}), for each task"
         )
     waits = not (wrapper.find_unused_parameters or wrapper.static_graph)
     if waits and (foreign := [name for i, name in names.items() if i in others & reduced]):
         raise TaskError(
-            f"{made_before}it waits for gradients of {_listed(foreign)}, which other tasks own and which get none; "
+            f"{made_before}it waits for gradients of {listed(foreign)}, which other tasks own and which get none; "
             f"wrap the model anew after begin_task({task}), for each task, or pass find_unused_parameters=True"
         )
 
@@ -140,7 +140,7 @@ def agree(model: HatModel, guard: Guard) -> None:
         where = {name: _differing(column) for name, *column in zip(digests, *of_each, strict=True)}
         wrong = [name for name, differing in where.items() if differing]
         raise HatError(
-            f"{_listed(wrong)}: not the same on {where[wrong[0]]} as on rank 0 after training task {guard.task}, so "
+            f"{listed(wrong)}: not the same on {where[wrong[0]]} as on rank 0 after training task {guard.task}, so "
             "something has changed it on one rank alone, outside the gradients that DistributedDataParallel reduces; "
             "call abort_task() on every rank, or copy rank 0's values to the others and call end_task() again"
         )
@@ -200,7 +200,3 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _digest(content: bytes | Tensor) -> bytes:
     data = content.cpu().numpy().data if isinstance(content, Tensor) else content
     return blake2b(data, digest_size=SIZE).digest()
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

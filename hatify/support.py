@@ -93,9 +93,9 @@ class SupportInterpreter(fx.Interpreter):
         if node.op == "placeholder":
             return self._input_labels(node, out) if self.mask_inputs else constant_labels(out, ON)
         if node.op == "get_attr":
-            raw = isinstance(out, nn.Parameter) and out.is_floating_point() and not is_only_a_weight(node)
-            raw = raw and str(node.target) not in self.findings.whole
-            return self.space.raw_leaves(str(node.target), out.shape) if raw else constant_labels(out, 1)
+            name, is_raw = str(node.target), isinstance(out, nn.Parameter) and out.is_floating_point()
+            has_leaves = is_raw and name not in self.findings.whole and not is_only_a_weight(node)
+            return self.space.raw_leaves(name, out.shape) if has_leaves else constant_labels(out, ON)
         if node.op == "output":
             return None
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
@@ -209,7 +209,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def accepted_sizes(net: nn.Module, graphs: tuple[fx.Graph, ...], example_inputs: Any) -> list[Any]:
-    """The example inputs, and others at sizes that the network leaves free: no conclusion may rest on those."""
+    """The example inputs, and the same at other sizes that the network takes."""
 
     def is_accepted(inputs: Any) -> bool:
         try:

@@ -41,7 +41,7 @@ def all_or_nothing(model: HatModel) -> Iterator[None]:
     state = model.task_state
     held = [
         (vars(module), dict(vars(module)), [(v, copy.copy(v)) for v in vars(module).values() if type(v) in _CONTAINERS])
-        for module in (*model.modules(), model.__dict__["_trainable"])
+        for module in (*model.modules(), state.trainable)
     ]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     values = [(buffer, buffer.clone()) for buffer in state.buffers()]

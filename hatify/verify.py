@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hatify.asking import answers, equal, on_device
+from hatify.asking import answers, arguments, equal
 from hatify.errors import IsolationError, TaskError
 from hatify.lock import locked_entries, named_tensors, owned_by_tasks
 from hatify.model import HatModel
@@ -25,9 +25,9 @@ def verify_isolation(
 ) -> None:
     """Replace every entry that a finished task does not lock by noise, and compare that task's outputs bit for bit.
 
-    This is done for every finished task, on the inputs as they are, in batches of one and three, and at a larger and a
-    smaller size of every other dimension that the network leaves free (lengths of sequences, edges of images). All
-    happens in a copy of the model.
+    This is done for every finished task, on the inputs as they are, in batches of one and three, and at larger and
+    smaller sizes of every other dimension that the network leaves free (lengths of sequences, edges of images; those
+    above 64 are only made smaller). All happens in a copy of the model.
 
     Args:
         model: a converted model with at least one finished task.
@@ -42,7 +42,7 @@ def verify_isolation(
     if not model.finished_tasks:
         raise TaskError("no task is finished: there is nothing to verify yet")
     with surroundings_kept():
-        inputs = on_device(model, model.example_inputs if example_inputs is None else _as_arguments(example_inputs))
+        inputs = arguments(model, example_inputs)
         twin = unguarded_copy(model)
         probes = [inputs, *other_sizes(lambda other: _is_answered(twin, other), inputs, batches=(1, 3))]
         for task in twin.finished_tasks:
@@ -66,10 +66,6 @@ def _guilty(model: HatModel, task: int, unlocked: dict[str, Tensor], inputs: Any
     if not changed_by(unlocked):
         return []
     return [name for name, entries in unlocked.items() if changed_by({name: entries})] or ["several together"]
-
-
-def _as_arguments(inputs: tuple[Any, ...] | dict[str, Any] | Tensor) -> tuple[Any, ...] | dict[str, Any]:
-    return (inputs,) if isinstance(inputs, Tensor) else inputs
 
 
 def _shapes(inputs: Any) -> str:

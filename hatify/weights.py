@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hatify.model import HatModel
 
 
-def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """A hook of ``load_state_dict``: weights of the original must not overwrite what tasks have learned.
+def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Keep ``load_state_dict`` from overwriting what tasks have learned with weights of the original.
 
     Raises:
         TaskError: tasks are finished, or one is open, and `state_dict` is not that of a converted model.

@@ -14,6 +14,7 @@ from hatify.nn.choice import Choice
 
 if TYPE_CHECKING:
     from hatify.slots import Layout
+    from hatify.trainable import Trainable
 
 
 #: The one name in the converted network that is hatify's own.
@@ -35,11 +36,13 @@ class TaskState(nn.Module):
         learning: the task that is open for training, or None.
         task_before: the task that was set when it was opened.
         tensor_names: of every parameter and buffer of the model.
+        trainable: which parameters take gradients when their task is open.
     """
 
     finished_masks: Tensor
     scale: Tensor
     layer: Tensor
+    trainable: Trainable
 
     def __init__(
         self,

@@ -51,9 +51,9 @@ def weighted(call: Call, policy: Policy) -> Labels:
     read_dim, written_dim = family.dims(layer)
     read = None
     if read_dim is not None:
-        labels = None if call.is_empty else call.label(0, "x" if "x" in call.node.kwargs else "input")
-        read = None if labels is None else read_along(call, labels, read_dim)
-        call.reads(path, call.argument(0, "x" if "x" in call.node.kwargs else "input").shape[read_dim], read)
+        name = "x" if "x" in call.node.kwargs else "input"
+        read = None if call.is_empty else read_along(call, call.label(0, name), read_dim)
+        call.reads(path, call.argument(0, name).shape[read_dim], read)
     if policy is Policy.UNMASKED:
         return call.all_on()
     features = family.features(layer)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
-from hatify.labels import ON, ZERO, varying_dims
+from hatify.labels import ON, ZERO, compact, varying_dims
 from hatify.rules.registry import Call, Labels, behind, constant_labels, rule
 
 #: Names of the argument that is moved.
@@ -205,12 +205,9 @@ def pad(call: Call) -> Labels:
     if value:
         return F.pad(labels, padding, value=ON)
     # How far positions are padded may depend on a size: the zeros behind them count as more of the same.
-    varying = varying_dims(labels)
-    padding = [0 if labels.ndim - 1 - i // 2 not in varying else n for i, n in enumerate(padding)]
-    labels = F.pad(labels, padding, value=ZERO)
-    fixed = [d in varying for d in range(labels.ndim)]
-    once = labels[tuple(slice(None) if keep else slice(1) for keep in fixed)]
-    return once.expand(call.out.shape)
+    labels = compact(labels)
+    padding = [n if labels.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(padding)]
+    return F.pad(labels, padding, value=ZERO).expand(call.out.shape)
 
 
 @rule("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
