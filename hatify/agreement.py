@@ -56,17 +56,6 @@ def _named(labels: Tensor, classes: Classes) -> Tensor:
     return torch.where(labels < ZERO, labels, classes.of(labels.clamp(min=ZERO)))
 
 
-def agree_on_zeros(findings: Findings) -> frozenset[fx.Node]:
-    """Zeros that are joined to something, as many as a size leaves: at another size, that may be where they are now."""
-    found = set()
-    for node in findings.zeros:
-        for user in (user for user in node.users if user.target in (torch.cat, torch.concat, torch.concatenate)):
-            dim = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
-            if not isinstance(dim, int) or len({shape[dim] for shape in findings.shapes[node]}) > 1:
-                found.add(node)
-    return frozenset(found)
-
-
 def agree_on_tables(space: LabelSpace, findings: Findings, classes: Classes) -> frozenset[str]:
     """Continue the labels of raw parameters of which only parts were read; returns the names of those that defy it.
 

@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from hatify.errors import HatError
 
 #: Attributes and methods of a tensor that do not depend on its values.
-QUESTIONS = frozenset({"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "size", "dim", "ndimension"})
+QUESTIONS = frozenset(
+    {"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "size", "dim", "ndimension", "numel", "nelement"}
+)
 
 
 def asks(node: fx.Node) -> bool:

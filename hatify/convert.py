@@ -80,13 +80,13 @@ def hatify(
     with refusals_named(net, inputs):
         traced = trace(net, arguments, frozenset(policies))
         classification = classify(net, traced.graphs, heads, policies)
-        sizes = accepted_sizes(net, traced.graphs, inputs)
-        space, findings = analyse(net, traced.graphs, sizes, classification, couple, mask_inputs)
+        sizes, free = accepted_sizes(net, traced.graphs, inputs)
+        space, findings = analyse(net, traced.graphs, sizes, free, classification, couple, mask_inputs)
         if weighing := only_weighing(space, findings, classification):
             classification = classification.per_task(
                 weighing, "its features only weigh others, as attention's heads do"
             )
-            space, findings = analyse(net, traced.graphs, sizes, classification, couple, mask_inputs)
+            space, findings = analyse(net, traced.graphs, sizes, free, classification, couple, mask_inputs)
     _put_back(net, original)
     plan = make_plan(net, traced.graphs, classification, space, findings)
     if classes is not None and Policy.HEAD not in plan.modules.values():

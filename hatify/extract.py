@@ -13,11 +13,12 @@ from hatify.asking import answering, arguments
 from hatify.axes import Dims
 from hatify.errors import HatError, TaskError
 from hatify.examples import refusals_named
+from hatify.free import Free
 from hatify.model import HatModel
 from hatify.plain import Writer, plain_modules
 from hatify.removal import Removal, children_of
 from hatify.sizes import other_sizes
-from hatify.support import positional
+from hatify.support import accepted_sizes, positional
 
 #: Largest difference that rounding explains in single precision, in units of the largest number in a value.
 ROUNDING = 1e-3
@@ -63,6 +64,7 @@ def extract_task(
         modules = plain_modules(model, task)
         children = children_of(model if device.type == "cpu" else copy.deepcopy(model).cpu())
         frozen: set[fx.Node] = set()
+        sizes: tuple[list[Any], Free] | None = None
         while True:
             removal = Removal(children, model.graph, modules, frozen, compact).find(
                 *tree_map_only(Tensor, Tensor.cpu, values)
@@ -70,6 +72,9 @@ def extract_task(
             writer = Writer(model, modules, removal, task)
             plain = writer.write()
             refused = writer.refused | _Twins(writer, plain).compare(*values)
+            if not refused and compact:
+                sizes = accepted_sizes(children, (model.graph,), inputs) if sizes is None else sizes
+                refused = _misplaced(writer, plain, *sizes)
             if not refused:
                 return plain
             everything = set(model.graph.nodes)
@@ -143,6 +148,26 @@ class _Twins(fx.Interpreter):
             for done in self.last_uses.get(node, []):
                 self.twin.env.pop(done, None)
         return value
+
+
+def _misplaced(writer: Writer, plain: fx.GraphModule, sizes: list[Any], free: Free) -> set[fx.Node]:
+    """The nodes that are cut along a dimension whose size is free, if `plain` is wrong at any of the other sizes."""
+    cut = {
+        node
+        for node, dims in writer.removal.axes.items()
+        if isinstance(dims, Dims) and any(d < len(dims) and dims[d].cut for d in free.dims(node))
+    }
+    whole = fx.Interpreter(writer.children.module, graph=writer.model.graph)
+    for inputs in sizes[1:] if cut else ():
+        values = positional(writer.model.graph, inputs)
+        expected = tree_leaves(whole.run(*values))
+        try:
+            found = tree_leaves(plain(*values))
+        except Exception:  # whatever an operation raises that cannot do without what was taken out
+            return cut
+        if any(isinstance(e, Tensor) and not _agree(f, e, []) for f, e in zip(found, expected, strict=True)):
+            return cut
+    return set()
 
 
 def _kept(value: Tensor, dims: Dims) -> Tensor:

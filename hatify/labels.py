@@ -211,6 +211,11 @@ def is_leaf(labels: Tensor) -> Tensor:
     return (labels >= FIRST_LEAF) | (labels < ZERO)
 
 
+def is_raw(labels: Tensor) -> bool:
+    """Whether `labels` are all leaves of raw parameters."""
+    return bool((compact(labels) >= FIRST_RAW).all())
+
+
 def compact(labels: Tensor) -> Tensor:
     """`labels` with every dimension along which they are constant reduced to size 1."""
     for d, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def larger(size: int) -> tuple[int, ...]:
 
 def smaller(size: int) -> tuple[int, ...]:
     """Likewise: they leave something out."""
-    return (size // 2, size - 32) if size > LARGE else tuple(range(size - 1, size // 2, -1))
+    return (size // 2, size - 32, size + 1) if size > LARGE else tuple(range(size - 1, size // 2, -1))
 
 
 def smallest(size: int) -> tuple[int, ...]:
@@ -67,13 +68,14 @@ def other_sizes(accepts: Callable[[Any], bool], inputs: Any, batches: tuple[int,
     places = [(i, d) for i, t in tensors.items() for d in range(t.ndim) if (i, d) not in in_batch and t.shape[d]]
     # On a GPU, an index beyond a table ends the process rather than the attempt.
     safe = all(t.device.type in ("cpu", "meta") for t in tensors.values())
+    sizes = {place: leaves[place[0]].shape[place[1]] for place in places}
     for candidates in (larger, smaller, smallest) if safe else (smaller, smallest):
-        sizes = _all_free(free, {place: leaves[place[0]].shape[place[1]] for place in places}, candidates)
-        more = sizes | dict.fromkeys(in_batch, batch + 1)
-        if sizes and candidates is larger and free(more):
-            sizes = more
-        if sizes:
-            yield resized(sizes)
+        found = _all_free(free, sizes, candidates)
+        more = found | dict.fromkeys(in_batch, batch + 1)
+        if found and candidates is larger and free(more):
+            found = more
+        tied = _in_proportion(free, sizes, sizes.keys() - found.keys(), candidates)
+        yield from (resized(changed) for changed in (found, tied) if changed)
     for size in batches:
         if free(dict.fromkeys(in_batch, size)):
             yield resized(dict.fromkeys(in_batch, size))
@@ -99,3 +101,31 @@ def _all_free(
             chosen = next((n for n in candidates(size) if free({**found, **dict.fromkeys(together, n)})), None)
             found |= {} if chosen is None else dict.fromkeys(together, chosen)
     return found
+
+
+#: With more places than these, not all combinations of them are tried.
+FEW = 6
+
+
+def _in_proportion(
+    free: Callable[[dict[Place, int]], bool],
+    sizes: dict[Place, int],
+    refused: set[Place],
+    candidates: Callable[[int], tuple[int, ...]],
+) -> dict[Place, int]:
+    """Places of different sizes, some of which are `refused` by themselves: all by one factor, or by one difference."""
+    if len(sizes) > FEW:
+        return {}
+    for count in range(len(sizes), 1, -1):
+        for places in combinations(sizes, count):
+            if refused.isdisjoint(places) or len({sizes[p] for p in places}) == 1:
+                continue
+            first = sizes[places[0]]
+            for size in candidates(first):
+                scaled = {p: sizes[p] * size / first for p in places}
+                shifted = {p: float(sizes[p] + size - first) for p in places}
+                for wanted in (scaled, shifted):
+                    found = {p: int(n) for p, n in wanted.items() if n >= 1 and n.is_integer()}
+                    if len(found) == count and free(found):
+                        return found
+    return {}

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from hatify.agreement import agree_on_masks, agree_on_reads, agree_on_tables, agree_on_zeros
+from hatify.agreement import agree_on_masks, agree_on_reads, agree_on_tables
 from hatify.answers import asks
 from hatify.asking import buffers_restored, in_evaluation
 from hatify.classify import CHOSEN, Classification, is_altered
 from hatify.errors import ConversionError
+from hatify.free import Free, Watching
 from hatify.labels import FIRST_RAW, ON, LabelSpace, compact
 from hatify.nn.layers import family_of
 from hatify.policy import Policy
@@ -76,7 +77,6 @@ class SupportInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         versions = {node: self.env[node]._version for node in n.all_input_nodes if isinstance(self.env[node], Tensor)}
         out = super().run_node(n)
-        self._note_seen(n)
         self.labels[n] = self._labels(n, out)
         if isinstance(out, Tensor):
             self.findings.shapes.setdefault(n, []).append(out.shape)
@@ -97,6 +97,7 @@ class SupportInterpreter(fx.Interpreter):
             has_leaves = is_raw and name not in self.findings.whole and not is_only_a_weight(node)
             return self.space.raw_leaves(name, out.shape) if has_leaves else constant_labels(out, ON)
         if node.op == "output":
+            self._note_seen(node)
             return None
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         args, kwargs = self.fetch_args_kwargs_from_env(node)
@@ -114,18 +115,24 @@ class SupportInterpreter(fx.Interpreter):
             node in self.unsure,
             self.shrunk,
         )
-        if not any(isinstance(t, Tensor) for t in torch.utils._pytree.tree_leaves(out)):
+        if asks(node):
+            return None
+        if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
+            self._note_seen(node)
             return None
         if module is not None and str(node.target) in self.modules:
+            self._note_seen(node)
             return module_labels(call, self.modules[str(node.target)][0])
         known = module is None or not is_altered(module)
         rule = RULES.get(type(module) if module is not None else node.target) if known else None
+        moved = found_to_move(call) if rule is None and not call.is_empty else None
+        if moved is not None:
+            return moved
+        if rule not in (run_on_labels, item):
+            self._note_seen(node)
         if call.is_empty and rule is not functional_layer:
             return _unseen(call, rule)
-        if rule is not None:
-            return rule(call)
-        moved = found_to_move(call)
-        return like_input(call) if moved is None else moved
+        return like_input(call) if rule is None else rule(call)
 
     def _input_labels(self, node: fx.Node, value: Any) -> Labels:
         """Leaves for the features of an input, with a mask; ON for what is no batch of real features."""
@@ -178,9 +185,7 @@ class SupportInterpreter(fx.Interpreter):
             self.labels[node] = result
 
     def _note_seen(self, node: fx.Node) -> None:
-        """Note which entries of raw parameters `node` computes something from, and does not only move."""
-        if RULES.get(node.target) in (run_on_labels, item) or asks(node):
-            return
+        """Note which entries of raw parameters `node`, which does not only move them, computes something from."""
         for source in self.raw.intersection(node.all_input_nodes):
             for labels in tree_leaves(self.labels.get(source)):
                 if isinstance(labels, Tensor):
@@ -208,38 +213,44 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def accepted_sizes(net: nn.Module, graphs: tuple[fx.Graph, ...], example_inputs: Any) -> list[Any]:
-    """The example inputs, and the same at other sizes that the network takes."""
+def accepted_sizes(net: nn.Module, graphs: tuple[fx.Graph, ...], example_inputs: Any) -> tuple[list[Any], Free]:
+    """The example inputs, and the same at other sizes that the network takes; and what is free in its graphs."""
+    free = Free()
 
     def is_accepted(inputs: Any) -> bool:
+        watching = [Watching(net, graph) for graph in graphs]
         try:
-            for graph in graphs:
-                fx.Interpreter(net, graph=graph).run(*positional(graph, inputs))
+            for run in watching:
+                run.run(*positional(run.graph, inputs))
         except Exception:  # whatever an operation raises that cannot do with such sizes
             return False
+        for run in watching:
+            free.learn(run.seen)
         return True
 
     with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return [example_inputs, *other_sizes(is_accepted, example_inputs)]
+        is_accepted(example_inputs)
+        return [example_inputs, *other_sizes(is_accepted, example_inputs)], free
 
 
 def analyse(
     net: nn.Module,
     graphs: tuple[fx.Graph, ...],
     sizes: Sequence[Any],
+    free: Free,
     classification: Classification,
     couple: bool,
     mask_inputs: bool = False,
 ) -> tuple[LabelSpace, Findings]:
     """Run every graph of `net` in evaluation mode, on inputs of several `sizes`, and collect what the analysis finds.
 
-    Where sizes disagree, there is no mask, and what was to be masked counts as ON. Buffers are restored.
+    `free` is what differs between sizes. Where they disagree, there is no mask, and what was to be masked counts as
+    ON. Buffers are restored.
     """
     unsure: set[fx.Node] = set()
     whole: frozenset[str] = frozenset()
-    filling: frozenset[fx.Node] = frozenset()
     while True:
-        space, findings = LabelSpace(couple), Findings(whole=whole, filling=filling)
+        space, findings = LabelSpace(couple), Findings(free, whole=whole)
         with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for inputs in sizes:
                 shrunk = _elements(inputs) < _elements(sizes[0])
@@ -251,12 +262,10 @@ def analyse(
         agree_on_reads(findings, classes)
         disagreeing = agree_on_masks(findings, classes)
         partly_read = agree_on_tables(space, findings, classes)
-        gaps = agree_on_zeros(findings) - filling
-        if not disagreeing and not partly_read and not gaps:
+        if not disagreeing and not partly_read:
             return space, findings
         unsure |= disagreeing
         whole |= partly_read
-        filling |= gaps
 
 
 def _elements(inputs: Any) -> int:

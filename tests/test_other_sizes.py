@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 import hatify
 from hatify import agreement, convert
+from hatify.free import Free
 from hatify.sizes import other_sizes
 from oracles import broken_promises, difference, half_on, leaks, no_repairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::hatify.HatWarning")
 
 LENGTH, CHANNELS = 5, 8
-LENGTHS = (1, 2, 3, 4, 6, 9, 12)
+LENGTHS = (1, 2, 3, 4, 6, 9, 12, 20)
 
 Between = Callable[["Tokens", Tensor], Tensor]
 
@@ -41,6 +42,17 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.second(self.between(self, self.first(x))))
         return self.head(h.mean(1) if h.ndim == 3 else h)
+
+
+def cut(net: Tokens, h: Tensor) -> Tensor:
+    """Two kinds of positions; with fewer than four, there is no answer."""
+    h = h + 0.1 * h[:, 3:4]
+    return torch.cat((net.near(h[:, :3]), h[:, 3:]), 1)
+
+
+def of_two(net: Tokens, h: Tensor) -> Tensor:
+    """Features in two kinds, of which a size chooses one."""
+    return torch.stack((net.near(h), net.far(h)), 1)
 
 
 TABLES = {"rows": (16, 8), "leading": (1, 16, 8), "heads": (2, 16, 4), "inside": (16, 2, 4), "flat": (128,)}
@@ -105,6 +117,27 @@ TOKENS: dict[str, Between | tuple[Between, int]] = {
     "clamped by a size, later": lambda net, h: h.clamp(min=(h.shape[1] - 11) / 8),
     "clamped from above by a size": lambda net, h: h.clamp(max=(11 - h.shape[1]) / 4),
     "raised to a size, later": lambda net, h: h.abs() ** (12 - h.shape[1]),
+    "row of a size": lambda net, h: cut(net, h)[:, h.shape[1] // 4],
+    "rows up to a size": lambda net, h: cut(net, h)[:, : h.shape[1] // 4 + 1],
+    "select by a size": lambda net, h: cut(net, h).select(1, h.shape[1] // 4),
+    "narrow by a size": lambda net, h: cut(net, h).narrow(1, 0, h.shape[1] // 4 + 1),
+    "roll by a size": lambda net, h: cut(net, h).roll(-(h.shape[1] // 4), 1)[:, 0],
+    "crop by a size": lambda net, h: F.pad(cut(net, h), (0, 0, -(h.shape[1] // 4), 0))[:, 0],
+    "reflected": lambda net, h: F.pad(cut(net, h).transpose(1, 2), (3, 0), "reflect").transpose(1, 2)[:, 0],
+    "indices of a size": lambda net, h: cut(net, h)[
+        torch.arange(h.shape[0]), torch.full((h.shape[0],), h.shape[1] // 4)
+    ],
+    "a quarter of the pieces": lambda net, h: cut(net, h).chunk(4, 1)[0],
+    "from the end": lambda net, h: cut(net, h)[:, -4],
+    "turned around": lambda net, h: cut(net, h).flip(1)[:, 0],
+    "every other": lambda net, h: cut(net, h)[:, :: h.shape[1] // 5 + 1],
+    "a kind by a size": lambda net, h: of_two(net, h)[:, h.shape[1] // 20],
+    "a kind by a size, selected": lambda net, h: of_two(net, h).select(1, h.shape[1] // 20),
+    "a kind by a size, rolled": lambda net, h: of_two(net, h).roll(h.shape[1] // 20, 1)[:, 0],
+    "a kind by a size, padded": lambda net, h: F.pad(of_two(net, h), (0, 0, 0, 0, h.shape[1] // 20, 0))[:, 0],
+    "features up to a size": lambda net, h: F.pad(h[..., : h.shape[1]], (0, 8))[..., :8],
+    "taken from a flat table": lambda net, h: h + torch.take(net.flat, torch.arange(h.shape[1] * 8)).view(-1, 8),
+    "features first, cut": (lambda net, h: h.transpose(1, 2).flatten(1)[:, :40], 40),
     "halves": lambda net, h: h[:, : h.shape[1] // 2 + 1] * 2,
     "resized": (lambda net, h: F.adaptive_avg_pool1d(h.transpose(1, 2), 3).flatten(1), 24),
 }
@@ -145,6 +178,41 @@ def test_training_at_other_lengths_changes_nothing(name: str) -> None:
         return of_length((5, 9, 12, 3)[seed % 4], batch)
 
     assert broken_promises(model, inputs, random.Random(0)) == []
+
+
+class Pair(nn.Module):
+    """Two inputs, one of which has twice as many positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.second = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(32, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.first(x) + F.avg_pool1d(self.other(y).transpose(1, 2), 2).transpose(1, 2)
+        return self.head(torch.relu(self.second(h.transpose(1, 2).flatten(1)[:, :32])))
+
+
+def test_inputs_of_which_one_is_twice_as_long() -> None:
+    torch.manual_seed(0)
+    probes = [(torch.randn(2, n, 6), torch.randn(2, 2 * n, 6)) for n in (4, 5, 8, 12)]
+    model = hatify.hatify(Pair(), 2, probes[0])
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    assert leaks(model, 0, probes) == []
+
+
+def test_long_inputs() -> None:
+    torch.manual_seed(0)
+    net = Tokens(lambda net, h: h.transpose(1, 2).flatten(1)[:, :560], 560)
+    model = hatify.hatify(net, 2, of_length(70))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    assert leaks(model, 0, [of_length(n) for n in (70, 71, 80, 140)]) == []
 
 
 @torch.no_grad()
@@ -277,9 +345,24 @@ def test_sizes_that_have_to_be_equal_are_changed_together() -> None:
     assert found == [[(3, 6), (3, 6)], [(2, 4), (2, 4)], [(2, 1), (2, 1)]]
 
 
-def test_large_images_are_only_made_smaller() -> None:
+def test_large_images_are_made_smaller_if_they_can_be() -> None:
     found = shapes(lambda x: x[0].shape[1] == 3 and x[0].shape[2] % 32 == 0, torch.zeros(2, 3, 224, 224))
     assert found == [[(2, 3, 192, 112)]]
+    assert shapes(lambda x: x[0].shape[1] >= 70 and x[0].shape[2] == 6, torch.zeros(2, 70, 6)) == [[(2, 71, 6)]]
+
+
+def test_sizes_that_depend_on_each_other_are_changed_in_proportion() -> None:
+    def twice(x: tuple[Tensor, ...]) -> bool:
+        return 2 * x[0].shape[1] == x[1].shape[1] and x[0].shape[2] == x[1].shape[2] == 6
+
+    found = shapes(twice, torch.zeros(2, 4, 6), torch.zeros(2, 8, 6))
+    assert found == [[(2, 8, 6), (2, 16, 6)], [(2, 3, 6), (2, 6, 6)], [(2, 1, 6), (2, 2, 6)]]
+
+    def one_more(x: tuple[Tensor, ...]) -> bool:
+        return x[0].shape[1] + 1 == x[1].shape[1]
+
+    found = shapes(one_more, torch.zeros(2, 4), torch.zeros(2, 5))
+    assert found == [[(2, 8), (2, 9)], [(2, 3), (2, 4)], [(2, 1), (2, 2)]]
 
 
 def test_batches_and_indices() -> None:
@@ -295,7 +378,7 @@ def test_batches_and_indices() -> None:
 @pytest.mark.parametrize("name", ["features in two dimensions", "kept"])
 def test_verify_isolation_finds_what_only_other_lengths_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # An analysis that looks at the example's size alone, and at the entries of tables that it reads.
-    monkeypatch.setattr(convert, "accepted_sizes", lambda net, graphs, inputs: [inputs])
+    monkeypatch.setattr(convert, "accepted_sizes", lambda net, graphs, inputs: ([inputs], Free()))
     monkeypatch.setattr(agreement, "continuation", lambda labels, known: labels)
     monkeypatch.setattr("hatify.support._unseen", lambda call, rule: rule(call))
     model = hatify.hatify(make(name), 2, of_length(LENGTH))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import hatify
 from hatify import Policy
 from hatify.classify import classify
+from hatify.free import Free
 from hatify.labels import FIRST_LEAF, ON, ZERO, LabelSpace
 from hatify.rules import Findings
 from hatify.support import SupportInterpreter, analyse, positional
@@ -306,7 +307,7 @@ def test_a_parameter_without_features_is_copied_for_each_task() -> None:
 def reads(net: nn.Module, x: Tensor, couple: bool = True) -> tuple[dict[str, list[Tensor]], LabelSpace]:
     """The labels each weighted layer of `net` reads."""
     graph = fx.Tracer().trace(net)
-    space, findings = analyse(net, (graph,), [(x,)], classify(net, (graph,), None, {}), couple)
+    space, findings = analyse(net, (graph,), [(x,)], Free(), classify(net, (graph,), None, {}), couple)
     return findings.reads, space
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,29 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
-from hatify.labels import ON, ZERO, compact, varying_dims
+from hatify.labels import ON, ZERO, compact, is_raw, varying_dims
 from hatify.rules.registry import Call, Labels, behind, constant_labels, rule
 
 #: Names of the argument that is moved.
 _FIRST = ("input", "tensors", "self", "x")
+
+#: Movements that read along one dimension: where the argument is that says which, its name, and its default.
+_ALONG = {
+    "chunk": (2, "dim", 0), "split": (2, "dim", 0), "tensor_split": (2, "dim", 0), "unbind": (1, "dim", 0),
+    "select": (1, "dim", None), "narrow": (1, "dim", None), "index_select": (1, "dim", None),
+    "gather": (1, "dim", None), "take_along_dim": (2, "dim", None), "roll": (2, "dims", None),
+}  # fmt: skip
+
+#: Movements that leave everything in its order, whatever sizes they are given.
+_ORDERLY = frozenset({
+    "reshape", "view", "view_as", "reshape_as", "flatten", "ravel", "unflatten", "permute", "transpose", "swapaxes",
+    "swapdims", "movedim", "moveaxis", "t", "adjoint", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "atleast_2d",
+    "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "contiguous", "clone", "detach",
+    "Flatten", "Unflatten", "Identity", "stack",
+})  # fmt: skip
+
+#: Movements that join tensors: along which dimension, if no argument says so.
+_JOINING = {"cat": 0, "concat": 0, "concatenate": 0, "hstack": 1, "vstack": 0}
 
 
 def run_on_labels(call: Call) -> Labels:
@@ -25,30 +44,39 @@ def run_on_labels(call: Call) -> Labels:
     source = call.node.args[0] if name is None else call.node.kwargs[name]
     labels = call.labels_of(source)
     if has_computed_indices(call):
-        labels = _read_anywhere(call, labels, _indexed_dims(call))
-        if labels is None:
-            return call.all_on()
+        labels = _read_anywhere(call, labels, _dims_read(call))
+    elif isinstance(labels, Tensor) and _name(call) not in _ORDERLY:
+        labels = _read_by_sizes(call, source, labels)
+    elif isinstance(source, (tuple, list)) and _name(call) in _JOINING:
+        labels = _joined_by_sizes(call, source, labels)
+    if labels is None:
+        return call.all_on()
     if name is None:
         return _run(call, (labels, *call.args[1:]), kwargs)
     return _run(call, (), {**kwargs, name: labels})
 
 
-# Indices -------------------------------------------------------------------------------------------------------------
+# Indices and sizes ---------------------------------------------------------------------------------------------------
 
 
 def has_computed_indices(call: Call) -> bool:
     """Whether a movement goes by tensors that follow from inputs, so that it may be another one than now."""
     if _name(call).endswith("_as"):
         return False  # by a tensor's shape
+    return any(isinstance(call.labels_of(node), Tensor) and _is_computed(node) for node in _amounts(call))
+
+
+def _amounts(call: Call) -> set[fx.Node]:
+    """The nodes that say how `call` moves."""
     moved: list[fx.Node] = []
     first = call.node.args[:1] or [call.node.kwargs.get(name) for name in _FIRST]
     fx.node.map_arg(first, moved.append)
-    others = set(call.node.all_input_nodes).difference(moved)
-    return any(isinstance(call.labels_of(node), Tensor) and _is_computed(node) for node in others)
+    return set(call.node.all_input_nodes).difference(moved)
 
 
 def _name(call: Call) -> str:
-    return str(getattr(call.node.target, "__name__", call.node.target))
+    target = type(call.module) if call.module is not None else call.node.target
+    return str(getattr(target, "__name__", target))
 
 
 def _is_computed(index: fx.Node) -> bool:
@@ -65,11 +93,49 @@ def _read_anywhere(call: Call, labels: Labels, dims: set[int] | None) -> Labels:
     return call.space.merge(labels, dims).expand(labels.shape)
 
 
-def _indexed_dims(call: Call) -> set[int] | None:
+def _dims_read(call: Call) -> set[int] | None:
     """The dimensions along which `call` reads at indices, if that is known."""
-    place = {"index_select": 1, "gather": 1, "take_along_dim": 2}.get(_name(call))
-    dim = None if place is None else call.argument(place, "dim")
+    if _name(call) not in _ALONG:
+        return None
+    dim = call.argument(*_ALONG[_name(call)])
     return {dim % call.label(0).ndim} if isinstance(dim, int) else None
+
+
+def _read_by_sizes(call: Call, source: object, labels: Tensor) -> Labels:
+    """`labels` where other sizes may read something else; None if it cannot be told what."""
+    dims, everywhere = _dims_read(call), set(range(labels.ndim))
+    if any(call.free.follows(node) for node in _amounts(call)):
+        return _alike(call, labels, everywhere if dims is None else dims)
+    return _alike(call, labels, call.free.dims(source) & (everywhere if dims is None else dims))
+
+
+def _alike(call: Call, labels: Tensor, dims: set[int]) -> Labels:
+    """`labels` made the same along `dims`, at which there is something else at other sizes; None if they cannot be.
+
+    The rows of a raw parameter keep their own: which of them are read at any size is looked at in the end.
+    """
+    varying = set(varying_dims(labels))
+    if not varying & dims or is_raw(labels):
+        return labels
+    return _read_anywhere(call, labels, dims)
+
+
+def _joined_by_sizes(call: Call, source: Sequence[object], labels: Sequence[Labels]) -> Labels:
+    """The labels of tensors that are joined; alike where sizes say which of them lies where."""
+    tensors = [label for label in labels if isinstance(label, Tensor)]
+    dim = call.argument(1, "dim", _JOINING[_name(call)])
+    if len(tensors) < len(labels) or not isinstance(dim, int):
+        return labels
+    dim %= call.out.ndim
+    if not any(dim in call.free.dims(piece) for piece in source):
+        return labels
+    filled = [label for label in tensors if label.numel()]
+    if len({label.ndim for label in tensors}) > 1 or all(map(is_raw, filled)):
+        return labels
+    if any(set(varying_dims(label)) == {dim} for label in filled):
+        return None
+    merged = call.space.merge(torch.cat(filled, dim), (dim,))
+    return tuple(merged.expand(label.shape) for label in tensors)
 
 
 def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
@@ -131,6 +197,8 @@ def found_to_move(call: Call) -> Labels:
     others = tree_leaves((call.args[1:], call.kwargs))
     if any(isinstance(t, Tensor) and t.is_floating_point() for t in others):
         return None  # a second operand may just happen to be zero now
+    if _amounts(call) and any(isinstance(t, float) for t in others):
+        return None  # likewise a number that a size gives
     x, move = call.args[0], call.node.target
     assert callable(move)
     numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64)
@@ -155,30 +223,41 @@ def found_to_move(call: Call) -> Labels:
 def item(call: Call) -> Labels:
     """An element of a container, or an indexed tensor."""
     labels = call.label(0)
-    if isinstance(labels, Tensor) and _unknown(call.args[1]):
-        return call.all_on()
-    if isinstance(labels, Tensor) and (dims := _dims_of_computed_keys(call, labels.ndim)):
-        labels = _read_anywhere(call, labels, dims)
+    if isinstance(labels, Tensor):
+        if _unknown(call.args[1]):
+            return call.all_on()
+        computed, by_sizes = _dims_of_keys(call, labels.ndim)
+        if computed:
+            labels = _read_anywhere(call, labels, computed)
+        if isinstance(labels, Tensor):
+            labels = _alike(call, labels, by_sizes)
         if labels is None:
             return call.all_on()
     return None if labels is None else labels[call.args[1]]
 
 
-def _dims_of_computed_keys(call: Call, ndim: int) -> set[int]:
-    """The dimensions that ``x[…]`` reads at computed indices."""
+def _dims_of_keys(call: Call, ndim: int) -> tuple[set[int], set[int]]:
+    """The dimensions that ``x[…]`` reads at computed indices, and those of which it reads another part by sizes."""
     keys, values = call.node.args[1], call.args[1]
     if not isinstance(keys, (tuple, list)):
         keys, values = (keys,), (values,)
     used = [
         0 if v is None or v is ... else v.ndim if isinstance(v, Tensor) and v.dtype == torch.bool else 1 for v in values
     ]
-    dims: set[int] = set()
+    free = call.free.dims(call.node.args[0])
+    computed: set[int] = set()
+    by_sizes: set[int] = set()
     dim = 0
     for key, value, count in zip(keys, values, used, strict=True):
-        if isinstance(key, fx.Node) and isinstance(value, Tensor) and _is_computed(key):
-            dims |= set(range(dim, dim + count))
+        dims = set(range(dim, dim + count))
         dim += ndim - sum(used) if value is ... else count
-    return dims
+        amounts: list[fx.Node] = []
+        fx.node.map_arg(key, amounts.append)
+        if any(map(_is_computed, amounts)):
+            computed |= dims
+        if key != slice(None):
+            by_sizes |= dims if any(map(call.free.follows, amounts)) else dims & free
+    return computed, by_sizes
 
 
 @rule(getattr)
@@ -199,15 +278,27 @@ def pad(call: Call) -> Labels:
         padding, mode, value = call.argument(1, "pad"), call.argument(2, "mode", "constant"), call.argument(3, "value")
     else:
         padding, mode, value = module.padding, "constant", 0
-    labels = call.label(0)
+    labels = _padded_by_sizes(call, padding, mode)
+    if labels is None:
+        return call.all_on()
     if mode != "constant":
         return _run(call, (labels, padding, mode), {})
-    if value:
+    if value or isinstance(call.given(3, "value"), fx.Node):
         return F.pad(labels, padding, value=ON)
     # How far positions are padded may depend on a size: the zeros behind them count as more of the same.
     labels = compact(labels)
     padding = [n if labels.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(padding)]
     return F.pad(labels, padding, value=ZERO).expand(call.out.shape)
+
+
+def _padded_by_sizes(call: Call, padding: Sequence[int], mode: str) -> Labels:
+    """Labels of what is padded or, by negative amounts, cropped; None where it cannot be told what lies where."""
+    labels = call.label(0)
+    dims = {labels.ndim - 1 - i // 2 for i in range(len(padding))}
+    if any(call.free.follows(node) for node in _amounts(call)):
+        return _alike(call, labels, dims)
+    cropped = {labels.ndim - 1 - i // 2 for i, n in enumerate(padding) if n < 0 or mode != "constant"}
+    return _alike(call, labels, call.free.dims(call.given(0, "input")) & cropped)
 
 
 @rule("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
@@ -222,5 +313,4 @@ def cast(call: Call) -> Labels:
 def zeros(call: Call) -> Labels:
     """Fresh zeros. Uninitialised memory is the network's own business."""
     is_zero = "zero" in str(getattr(call.node.target, "__name__", call.node.target))
-    call.findings.zeros.add(call.node)
-    return constant_labels(call.out, ZERO) if is_zero and call.node not in call.findings.filling else call.all_on()
+    return constant_labels(call.out, ZERO) if is_zero else call.all_on()

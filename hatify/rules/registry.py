@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
 
 #: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
@@ -56,6 +57,8 @@ class Findings:
     What is found at each size of the inputs comes first; `hatify.agreement` makes one of it.
     """
 
+    #: What the network leaves free.
+    free: Free = field(default_factory=Free)
     #: Labels of the input features that a weighted layer's call reads, at each size, and how many features these are:
     #: {(parameter or module, node): (I, [labels (I,), …])}.
     read_at: dict[tuple[str, fx.Node], tuple[int, list[Tensor]]] = field(default_factory=dict)
@@ -67,10 +70,6 @@ class Findings:
     shapes: dict[fx.Node, list[torch.Size]] = field(default_factory=dict)
     #: Leaves of entries of raw parameters that something was computed from, at any size.
     seen: list[Tensor] = field(default_factory=list)
-    #: Nodes that make zeros.
-    zeros: set[fx.Node] = field(default_factory=set)
-    #: Those that are joined to other positions, as many as a size leaves: there may be something else at other sizes.
-    filling: frozenset[fx.Node] = frozenset()
     #: Raw parameters of which parts stay unread at all sizes, and whose other parts do not tell what these would meet.
     whole: frozenset[str] = frozenset()
     #: The labels of raw parameters where they do, in the parameter's shape.
@@ -126,6 +125,11 @@ class Call:
     def label(self, position: int, name: str = "input") -> Labels:
         """The labels of an argument."""
         return self.labels_of(self.given(position, name))
+
+    @property
+    def free(self) -> Free:
+        """What the network leaves free."""
+        return self.findings.free
 
     @property
     def is_empty(self) -> bool:
