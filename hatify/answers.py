@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hatify.errors import HatError
@@ -27,7 +27,8 @@ QUESTIONS = frozenset(
 
 def asks(node: fx.Node) -> bool:
     """Whether `node` asks a tensor for what does not depend on its values."""
-    return (node.args[1] if node.target is getattr else node.target) in QUESTIONS
+    asked = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+    return asked in QUESTIONS
 
 
 def check_size(found: Any, traced: Any) -> None:
@@ -36,6 +37,16 @@ def check_size(found: Any, traced: Any) -> None:
         raise HatError(
             f"the network was traced where a size or condition is {traced}, but this input makes it {found}; "
             "convert it with example inputs of this size"
+        )
+
+
+def check_argument(found: Any, traced: Any, name: str) -> None:
+    """Raise where an argument that is no tensor, and chose the traced path, has another value now."""
+    if isinstance(found, Tensor) or found != traced:
+        now = "a tensor" if isinstance(found, Tensor) else repr(found)
+        raise HatError(
+            f"the network was converted with {name}={traced!r} and computes what it does with that, not with {now}: "
+            f"convert it with example inputs in which {name} is that"
         )
 
 

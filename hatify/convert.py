@@ -61,6 +61,7 @@ def hatify(
         mask_inputs: give every floating-point input of two or more dimensions a mask of its own, so that a task also
             chooses the input features it reads: those along the dimension that the first weighted layer contracts,
             else dimension 1 of an (N, C, H, W, …) and the last dimension of an (N, F) or (N, tokens, F) input.
+            An input gets none if the network takes it with other numbers of features, too.
             `HatModel.masks` names it after the argument of ``net.forward``; Equation 5 counts it as a layer.
 
     Returns:

@@ -46,6 +46,7 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
         if classes is not None
     }
     with all_or_nothing(model):
+        model._settle()
         _grow_modules(model, modules, fresh, source, n)
         _grow_state(model, n)
         model.task_state.trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}

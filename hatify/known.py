@@ -5,11 +5,19 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from hatify.asking import answers, equal
 from hatify.errors import HatError
+from hatify.structure import settings
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
+
+
+#: Larger differences, in units of the largest number in an output, do not come from kernels of lower precision.
+ROUNDING = 0.1
 
 
 class KnownAnswers:
@@ -17,26 +25,43 @@ class KnownAnswers:
 
     def __init__(self) -> None:
         self.of: dict[int, list[Any] | None] = {}
+        #: How the modules were set up then.
+        self.settings: dict[str, Any] = {}
 
     def forget(self) -> None:
         """Ask anew the next time: on another device, or with other weights, answers are other ones."""
         self.of.clear()
 
     def ask(self, model: HatModel, besides: int) -> None:
-        """Note what finished tasks answer that are not known; the task `besides` may change."""
+        """Note what finished tasks answer that are not known; the task `besides` may change.
+
+        Raises:
+            HatError: modules are not what they were when other tasks were asked, and now these answer otherwise.
+        """
         self.of.pop(besides, None)
+        if self.of and (changed := self._changed(model)):
+            for task in self.of:
+                if not self._is_as_known(model, task):
+                    raise HatError(f"task {task} does not answer as before, since {changed}: put that back")
+        self.settings = settings(model)
         for task in model.finished_tasks:
             if task != besides and task not in self.of:
                 self.of[task] = _asked(model, task)
 
     def compare(self, model: HatModel, learned: int) -> None:
-        """Raise a `HatError` if weights that were trained for `learned` change what another task answers: 0 · ∞ ≠ 0."""
+        """Raise a `HatError` if what happened while `learned` was trained changes what another task answers."""
         if model.task_state.scale.is_meta:
             return
         twins: tuple[HatModel, HatModel] | None = None
         for task in model.finished_tasks:
             if task == learned or self._is_as_known(model, task):
                 continue
+            known = self.of.get(task)
+            if known is not None and (changed := self._changed(model)):
+                raise HatError(
+                    f"task {task} does not answer as before, since {changed} after task {learned} was opened: put that "
+                    "back, or call abort_task()"
+                )
             # Other threads, kernels or places in memory may round otherwise: ask both again, side by side.
             if twins is None:
                 twins = copy.deepcopy(model), copy.deepcopy(model)
@@ -48,6 +73,13 @@ class KnownAnswers:
                     f"task {learned} was trained that 0 times what they lead to is no number any more; call "
                     "abort_task(), and train with a smaller rate or clipped gradients"
                 )
+            found = _asked(model, task)
+            if known is not None and found is not None and not _are_close(found, known):
+                raise HatError(
+                    f"task {task} does not answer as before, although its weights do not differ: something that is no "
+                    f"part of the model, perhaps a hook, has changed after task {learned} was opened: undo that, or "
+                    "call abort_task()"
+                )
 
     def _is_as_known(self, model: HatModel, task: int) -> bool:
         """Whether a task answers as it is known to, or could not be asked; False if nothing is known of it."""
@@ -56,9 +88,32 @@ class KnownAnswers:
         known, found = self.of[task], _asked(model, task)
         return known is None or (found is not None and equal(found, known))
 
+    def _changed(self, model: HatModel) -> str:
+        """A setting that is another one now, in words; empty if none is."""
+        now = settings(model)
+        for name in (*self.settings, *now):
+            before, after = self.settings.get(name), now.get(name)
+            if type(before) is not type(after) or before != after:
+                return f"{name} has changed" if isinstance(after, tuple) else f"{name} has become {after!r}"
+        return ""
+
 
 def _asked(model: HatModel, task: int) -> list[Any] | None:
     try:
         return answers(model, task, model.example_inputs)
     except Exception:  # whatever an operation raises: parts on other devices, say
         return None
+
+
+def _are_close(found: list[Any], known: list[Any]) -> bool:
+    """Whether rounding explains the differences, by another precision perhaps."""
+    if len(found) != len(known):
+        return False
+    for a, b in zip(found, known, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape:
+            largest = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+            if not torch.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * largest, equal_nan=True):
+                return False
+        elif not equal([a], [b]):
+            return False
+    return True

@@ -10,7 +10,8 @@ since it was masked, and whose momentum is zero at locked entries. What is writt
 that swaps averaged weights in, or another process that broadcasts its buffers) is put right at the next forward pass.
 
 While no task is open, what finished tasks own takes no gradient at all. The copy that is needed to put it right is made
-when a task ends, or else at the first sign of training, so that a model that only answers holds nothing twice.
+when a task ends, or else at the first sign of training, so that a model that was loaded and only answers holds nothing
+twice. Until then, writing to what finished tasks own is an error.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from hatify.errors import HatError, listed
 from hatify.gate import EMBEDDING_LIMIT
 from hatify.labels import compact
 from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.nn.state import STATE
 from hatify.regularization import Capacity
-from hatify.stamps import Stamps, can_be_looked_at, entry
+from hatify.stamps import Samples, Stamps, can_be_looked_at, entry
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
@@ -233,6 +235,8 @@ class Guard:
         self.partial: list[_Partial] = []
         self.whole: list[_Whole] = []
         self._stamps: Stamps | None = None
+        #: Until there is a copy.
+        self._samples: Samples | None = None
         self._handles: list[Any] = []
         if task is not None:
             if saved is None:
@@ -258,26 +262,50 @@ class Guard:
         """Find the locked entries (Equation 2), and keep a copy of what they hold."""
         if self.is_built:
             return
+        self._refuse_changes()
         saved = self.saved
         if saved is None:
             saved = {name: self.tensors[name].detach().clone() for name in (*self.uses, *self.owned)}
         partial: list[_Partial] = []
         whole = [_Whole(name, t, saved[name], t._version) for name in self.owned for t in [self.tensors[name]]]
-        for name, uses in self.uses.items():
-            parameter = self.tensors[name]
-            lock = locked_entries(uses, self.masks, parameter.shape)
+        for name, parameter, lock in self._locks():
             if compact(lock).all():
                 whole.append(_Whole(name, parameter, saved[name], parameter._version))
             elif compact(lock).any():
                 assert isinstance(parameter, nn.Parameter)
                 partial.append(_Partial(name, parameter, saved[name], lock))
         self.saved, self.partial, self.whole = saved, partial, whole
-        self._stamps = self._stamped()
+        self._stamps, self._samples = self._stamped(), None
+
+    def _locks(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each parameter that tasks share, and which of its entries are locked."""
+        for name, uses in self.uses.items():
+            parameter = self.tensors[name]
+            yield name, parameter, locked_entries(uses, self.masks, parameter.shape)
+
+    @torch.no_grad()
+    def watch(self) -> None:
+        """Without a copy, notice at least if something writes to what finished tasks own."""
+        if not self.is_built:
+            places = [(name, self.tensors[name], 0) for name in self.owned]
+            places += [(name, p, int(_some_of(lock)[0])) for name, p, lock in self._locks() if compact(lock).any()]
+            self._samples = Samples(
+                (name, t, i) for name, t, i in places if t.numel() and not t.is_meta and not t.is_inference()
+            )
+
+    def _refuse_changes(self, look_inside: bool = True) -> None:
+        names = self._samples.changed(look_inside) if self._samples is not None else []
+        if names:
+            tasks = ", ".join(map(str, self.finished))
+            raise HatError(
+                f"{listed(names)}: written to after the model was loaded, and with it what finished tasks {tasks} "
+                "answer; there is no copy to put it right from before training begins: load the model again"
+            )
 
     def _stamped(self) -> Stamps:
         probes = [entry(p.parameter, int(p.sample[0])) for p in self.partial]
-        parameters = [w.parameter for w in self.whole if isinstance(w.parameter, nn.Parameter)]
-        probes += [entry(p, 0) for p in parameters if p.numel() and not p.is_meta]
+        whole = [w.parameter for w in self.whole if w.parameter.is_floating_point()]
+        probes += [entry(t, 0) for t in whole if t.numel() and not t.is_meta]
         held = [p.parameter for p in self.partial] + [w.parameter for w in self.whole]
         return Stamps(held, (p for p in probes if bool(torch.isfinite(p))))
 
@@ -341,14 +369,23 @@ class Guard:
         self.swapping |= callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
     def check(self, training: bool) -> None:
-        """Before a forward pass: put right what was written to outside of a step, if anything seems to have been."""
-        if self._stamps is not None and can_be_looked_at() and not self._stamps.are_valid(look_inside=not training):
+        """Before a forward pass: put right what was written to outside of a step, if anything seems to have been.
+
+        Raises:
+            HatError: there is no copy to put it right from.
+        """
+        if not can_be_looked_at():
+            return
+        if self._stamps is None:
+            self._refuse_changes(look_inside=False)
+        elif not self._stamps.are_valid(look_inside=not training):
             self.put_right()
 
     @torch.no_grad()
     def put_right(self) -> dict[str, int]:
         """Put back every locked entry that is not what it was: {name: how many}."""
         if self._stamps is None:
+            self._refuse_changes()
             return {}
         every = torch.ones((), dtype=torch.bool)
         found = {}

@@ -30,11 +30,11 @@ from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
 from hatify.slots import Use
-from hatify.structure import check_leaves, check_structure, tensor_names
+from hatify.structure import check_leaves, check_structure, layer_types, tensor_names
 from hatify.trace import reads_training_flag
 from hatify.trainable import Trainable
 from hatify.undo import all_or_nothing
-from hatify.weights import refuse_plain_weights
+from hatify.weights import refuse_parts, refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
 _NOT_COPIED = ("_graph", "_graphs", "_guard", "_known_answers", "_ddp")
@@ -103,7 +103,7 @@ class HatModel(fx.GraphModule):
         for module in self.modules():
             if isinstance(module, PER_TASK):
                 module.choice = self.task_state.choice
-        self.task_state.tensor_names = tensor_names(self)
+        self.task_state.tensor_names, self.task_state.layer_types = tensor_names(self), layer_types(self)
         self.task_state.trainable = Trainable({name for name, p in self.named_parameters() if p.requires_grad})
         self._install({True: training, False: evaluation})
         if training is not evaluation:
@@ -159,9 +159,12 @@ class HatModel(fx.GraphModule):
         with self._graph.on_generate_code(lambda _: reach_children):
             return super().recompile()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
+    ) -> None:
         refuse_plain_weights(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        refuse_parts(self, state_dict, prefix, strict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._look_after()
@@ -174,7 +177,8 @@ class HatModel(fx.GraphModule):
         graphs = _copy_graphs(self._graphs, memo)
         before = self.values_before
         saved = None if before is None else {name: tensor.clone() for name, tensor in before.items()}
-        return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__)
+        built = self._guard is not None and self._guard.is_built
+        return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__, built)
 
     def __copy__(self) -> HatModel:
         raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
@@ -204,7 +208,7 @@ class HatModel(fx.GraphModule):
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
         outputs = super().__call__(*args, **kwargs)
-        if self._unseen and self.training and torch.is_grad_enabled():
+        if self._unseen and torch.is_grad_enabled():
             check_structure(self)
             check_leaves(self, (args, kwargs), outputs)
             self.__dict__["_unseen"] = False
@@ -431,13 +435,21 @@ class HatModel(fx.GraphModule):
         """What `abort_task` returns to: every parameter and buffer, by name; None while no task is open."""
         return None if self._guard is None or self._guard.task is None else self._guard.saved
 
-    def guard_anew(self, saved: Mapping[str, Tensor] | None = None, tensors: dict[str, Tensor] | None = None) -> None:
-        """Guard what is finished now and, while a task is open, what `abort_task` returns to: `saved`, else what is."""
+    def guard_anew(
+        self,
+        saved: Mapping[str, Tensor] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+        built: bool = False,
+    ) -> None:
+        """Guard what is finished now and, while a task is open, what `abort_task` returns to: `saved`, else what is.
+
+        `built`: keep a copy of what finished tasks own at once.
+        """
         old, task = self._guard, self.active_task
         guarded = task is not None or any(self.task_state.finished)
         guard = Guard(self, task, dict(saved) if saved else None, tensors) if guarded else None
-        if guard is not None and old is not None and old.is_built:
-            guard.build()
+        if guard is not None:
+            guard.build() if built or (old is not None and old.is_built) else guard.watch()
         self.__dict__["_guard"] = guard
         if old is not None:
             old.disarm()
@@ -526,12 +538,16 @@ def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[boo
 
 
 def _rebuild(
-    state: dict[str, Any], graphs: dict[bool, fx.Graph], saved: dict[str, Tensor] | None, name: str
+    state: dict[str, Any],
+    graphs: dict[bool, fx.Graph],
+    saved: dict[str, Tensor] | None,
+    name: str,
+    built: bool = False,
 ) -> HatModel:
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
     model.__dict__.update(state, _guard=None, _known_answers=KnownAnswers())
     model._install(graphs)
-    model.guard_anew(saved)
+    model.guard_anew(saved, built=built)
     return model

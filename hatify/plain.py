@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.utils import parametrize
 
-from hatify.answers import check_size
+from hatify.answers import check_argument, check_size
 from hatify.axes import Dims
 from hatify.classify import detached_copy, is_altered
 from hatify.cutting import cut_along, cut_layer, cut_norm
@@ -135,7 +135,7 @@ class Writer:
             return self._module(node, args, {k: v for k, v in kwargs.items() if v is not None or k != "mask"})
         if node.target in (masked, masked_off):
             return self._masked(node, args[0])
-        if node.target is check_size:
+        if node.target in (check_size, check_argument):
             return self._guard(*args)
         if node.target in (getattr, "size") and (sizes := self._sizes(node, args, kwargs)) is not None:
             return sizes
@@ -170,10 +170,10 @@ class Writer:
             for d, axis in enumerate(dims)
         )
 
-    def _guard(self, found: Any, traced: Any) -> None:
+    def _guard(self, found: Any, traced: Any, name: Any = "a size or condition") -> None:
         if isinstance(found, fx.Node):
             same = self.graph.call_function(operator.eq, (found, traced))
-            message = f"the network was traced where a size or condition is {traced}, but this input makes it different"
+            message = f"the network was traced where {name} is {traced}, but this input makes it different"
             self.graph.call_function(torch._assert, (same, message))
 
     # Parameters and buffers ------------------------------------------------------------------------------------------

@@ -40,6 +40,27 @@ class Stamps:
         )
 
 
+class Samples:
+    """One entry of each of several tensors, and what it holds: a change shows of which nobody has a copy."""
+
+    def __init__(self, places: Iterable[tuple[str, Tensor, int]]) -> None:
+        found = [(name, tensor, index, entry(tensor, index).clone()) for name, tensor, index in places]
+        self.places = [place for place in found if bool(torch.isfinite(place[3]))]
+        self.stamps = self._stamped()
+
+    def _stamped(self) -> Stamps:
+        return Stamps((t for _, t, *_ in self.places), (entry(t, index) for _, t, index, _ in self.places))
+
+    def changed(self, look_inside: bool) -> list[str]:
+        """The names of the tensors that hold something else; looking inside in any case makes a GPU wait."""
+        if self.stamps.are_valid(look_inside):
+            return []
+        found = [name for name, t, index, value in self.places if not torch.equal(entry(t, index), value)]
+        if not found:
+            self.stamps = self._stamped()
+        return found
+
+
 def entry(tensor: Tensor, index: int) -> Tensor:
     """One entry of a tensor, by its number in row-major order, in the tensor's own memory: shape ()."""
     entry = tensor.detach()

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hatify.errors import HatError
+from hatify.nn.layers import HatLayer
+from hatify.nn.per_task import PER_TASK
+from hatify.nn.state import STATE
 
 if TYPE_CHECKING:
     from hatify.model import HatModel
@@ -20,11 +23,15 @@ def tensor_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in named)
 
 
+def layer_types(model: nn.Module) -> dict[str, type]:
+    """The types of what conversion has put in the place of layers, by path."""
+    kinds: tuple[type, ...] = (HatLayer, *PER_TASK)
+    return {path: type(module) for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def check_structure(model: HatModel) -> None:
-    """Raise a `HatError` if a parameter or buffer is gone, or a parameter has been added, since the conversion."""
+    """Raise a `HatError` if a parameter, buffer or layer has been wrapped, replaced or added since the conversion."""
     expected, found = model.task_state.tensor_names, tensor_names(model)
-    if found == expected:
-        return
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     gone, added = sorted(expected - found), sorted((found - expected) & parameters)
     if gone:
@@ -41,6 +48,34 @@ def check_structure(model: HatModel) -> None:
             f"{added[0]} was added to the converted model: no policy claims this parameter, so that training it would "
             "change what finished tasks answer; remove it, or add it before the conversion"
         )
+    modules = dict(model.named_modules())
+    for path, kind in model.task_state.layer_types.items():
+        if not isinstance(modules.get(path), kind):
+            now = type(modules[path]).__name__ if path in modules else "gone"
+            raise HatError(
+                f"{path}: the {kind.__name__} that conversion has put there is {now} now, which applies no masks; put "
+                "it back, and load weights into it with load_state_dict"
+            )
+
+
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+def settings(model: HatModel) -> dict[str, Any]:
+    """What decides, besides tensors, what a model computes: types of modules, their numbers and flags, and hooks."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if path.partition(".")[0] == STATE:
+            continue
+        found[path or "the model"] = type(module).__name__
+        for name, value in vars(module).items():
+            items = value if isinstance(value, tuple) else (value,)
+            if name in ("_forward_hooks", "_forward_pre_hooks"):
+                value = tuple(value)
+            elif name.startswith("_") or name == "training" or not all(isinstance(item, _SIMPLE) for item in items):
+                continue
+            found[f"{path}.{name}" if path else name] = value
+    return found
 
 
 def check_leaves(model: HatModel, inputs: Any, outputs: Any) -> None:

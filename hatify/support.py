@@ -144,6 +144,8 @@ class SupportInterpreter(fx.Interpreter):
                 f"the input {name!r} has the name of a layer, so their masks would be confused; rename one"
             )
         dim = self._feature_dim(node, value) % value.ndim
+        if dim in self.findings.free.dims(node):
+            return constant_labels(value, ON)  # there may be more of them, or fewer
         leaves = self.space.feature_leaves(name, value.shape[dim])
         self.findings.asked.setdefault(node, []).append(Masked(leaves, dim, value.ndim, True))
         return leaves.view([-1 if d == dim else 1 for d in range(value.ndim)]).expand(value.shape)
@@ -172,6 +174,12 @@ class SupportInterpreter(fx.Interpreter):
 
     def _written(self, node: fx.Node, writer: fx.Node) -> None:
         """`writer` changed the value of `node` in place, and with it every other value in the same memory."""
+        if node.op == "get_attr" and getattr(self.env[node], "requires_grad", False):
+            raise ConversionError(
+                f"{node.target}: forward writes to this parameter in place ({writer.target}), and tracing does not "
+                "record torch.no_grad; write to a buffer, to its detach(), or keep that module whole with policies="
+                "{name: 'per_task'}"
+            )
         for name, tensor in (*self.module.named_buffers(), *self.module.named_parameters()):
             if _share_memory(tensor, self.env[node]):
                 self.findings.moving.add(name)

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn.modules.batchnorm import _NormBase
 
-from hatify.answers import AnsweringTracer, factories_recorded
+from hatify.answers import AnsweringTracer, check_argument, factories_recorded
 from hatify.errors import ConversionError
 from hatify.nn.functional import by_mode
 
@@ -271,8 +272,23 @@ def _trace_with(tracer: HatTracer, net: nn.Module, arguments: dict[str, Any]) ->
             name = next(names)
             # Arguments with fixed values come out of fx with a number behind their names.
             node.target = name if node.target.startswith(f"{name}_") and name in fixed else node.target
+            if name in fixed:
+                _check_argument(graph, node, fixed[name])
         _register_constant(net, node)
     return graph
+
+
+def _check_argument(graph: fx.Graph, argument: fx.Node, value: Any) -> None:
+    """Let an argument with a fixed value be checked with an error of ours, in the place of torch.fx's assertion."""
+    for user in list(argument.users):
+        for check in (user, *user.users):
+            if check.target in (torch._assert, _assert_is_none):
+                with graph.inserting_before(check):
+                    graph.call_function(check_argument, (argument, value, str(argument.target)))
+                graph.erase_node(check)
+                if check is not user:
+                    graph.erase_node(user)
+                return
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from hatify.errors import CheckpointError, TaskError
 from hatify.nn.per_task import PER_TASK
@@ -35,6 +36,29 @@ def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix:
             "original would overwrite what they know: load those into a model that was just converted, with "
             "hatify.load_plain_state_dict (a converted model's own state_dict() can be loaded at any time)"
         )
+
+
+def refuse_parts(model: HatModel, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
+    """Keep ``load_state_dict`` from loading a part of what tasks have learned: all of it, or nothing, fits together.
+
+    Raises:
+        CheckpointError: names the first key that is missing, the first that the model has not, and the first of
+            another shape.
+    """
+    given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if f"{prefix}{STATE}.finished_masks" not in given:
+        return
+    own = nn.Module.state_dict(model, prefix=prefix, keep_vars=True)
+    progress = f"{prefix}{STATE}.{_EXTRA_STATE_KEY_SUFFIX}"  # in version 0.1 a dictionary, now a tensor
+    check_keys(
+        missing=[key for key in own if key not in given],
+        unexpected=[key for key in given if key not in own] if strict else (),
+        mismatched=[
+            f"{key} {_shape(given[key])} instead of {_shape(value)}"
+            for key, value in own.items()
+            if key in given and key != progress and _shape(given[key]) != _shape(value)
+        ],
+    )
 
 
 def load_plain_state_dict(model: HatModel, state_dict: Mapping[str, Tensor]) -> None:

@@ -73,6 +73,14 @@ def test_what_was_frozen_at_conversion_is_frozen_in_new_tasks():
     assert not model.bn[1].bias.requires_grad and model.bn[1].weight.requires_grad
 
 
+def test_what_was_frozen_since_is_frozen_in_new_tasks(model):
+    model.head.requires_grad_(False)
+    model.add_tasks(1)
+    model.begin_task(2)
+    assert not any(p.requires_grad for p in model.head[2].parameters())
+    assert all(p.requires_grad for p in model.bn[2].parameters())
+
+
 @pytest.mark.parametrize(
     ("at_first", "added", "expected"),
     [(None, None, [3, 3, 3, 3]), (None, [4, 5], [3, 3, 4, 5]), (2, None, [2, 2, 2, 2]), ([2, 4], 6, [2, 4, 6, 6])],

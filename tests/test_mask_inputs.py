@@ -212,6 +212,23 @@ def test_an_input_with_the_name_of_a_layer_is_refused():
     assert set(hatify(Named(), 2, torch.rand(2, 4)).masks(0)) == {"x"}
 
 
+def test_an_input_whose_features_may_be_fewer_or_more_has_no_mask():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.first(F.adaptive_avg_pool1d(x, 4))))
+
+    net = Pooled()
+    model = hatify(net, 2, (torch.rand(2, 3, 8),), mask_inputs=True)
+    assert set(model.masks(0)) == {"first"}
+    for length in (5, 8, 12):
+        x = torch.rand(2, 3, length)
+        torch.testing.assert_close(model.eval()(x), net.eval()(x))
+
+
 def test_input_masks_survive_saving_and_are_forgotten(tmp_path):
     inputs = (torch.rand(4, 6),)
     model = hatify(mlp(), 2, inputs, mask_inputs=True)

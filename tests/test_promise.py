@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -219,6 +220,97 @@ def test_a_model_that_only_answers_keeps_no_copy(model: HatModel, tmp_path) -> N
     assert loaded._guard.is_built
 
 
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("then", ["asked", "begun", "stepped", "copied", "saved"])
+def test_writing_to_a_loaded_model_of_which_there_is_no_copy_is_refused(
+    model: HatModel, through_data: bool, then: str, tmp_path
+) -> None:
+    hatify.save(model, tmp_path / "model")
+    loaded = hatify.load(tmp_path / "model", SmallNet())
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    with torch.no_grad():
+        weight = loaded.conv.weight.data if through_data else loaded.conv.weight
+        weight.mul_(0.5)
+    does = {
+        "asked": lambda: loaded.eval()(images()),
+        "begun": lambda: loaded.begin_task(2),
+        "stepped": optimizer.step,
+        "copied": lambda: copy.deepcopy(loaded),
+        "saved": loaded.state_dict,
+    }
+    with pytest.raises(HatError, match=r"conv\.weight: written to after the model was loaded"):
+        does[then]()
+    hatify.load(tmp_path / "model", SmallNet()).eval()(images())
+
+
+def test_writing_what_is_there_already_to_a_loaded_model_is_no_fault(model: HatModel, tmp_path) -> None:
+    hatify.save(model, tmp_path / "model")
+    loaded = hatify.load(tmp_path / "model", SmallNet())
+    with torch.no_grad():
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            tensor.copy_(tensor.clone())
+    for tensor in loaded.parameters():
+        tensor.data = tensor.data.clone()
+    assert same(answers(loaded), answers(model))
+    loaded.load_state_dict(model.state_dict())
+    learn(loaded, 2)
+    assert same(answers(loaded, [0, 1]), answers(model))
+
+
+def test_a_copy_of_a_model_that_has_learned_is_put_right(model: HatModel) -> None:
+    expected, copied = answers(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+    assert same(answers(copied, [0, 1]), expected[:2])
+
+
+def test_buffers_written_to_through_data_are_put_right(model: HatModel) -> None:
+    expected = answers(model)
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.ndim:
+            buffer.data.mul_(0.5)
+    assert same(answers(model), expected)
+
+
+# Other weights for one call ------------------------------------------------------------------------------------------
+
+
+def test_calls_with_other_states_leave_no_trace(model: HatModel) -> None:
+    other = converted()
+    for task in range(2):
+        learn(other, task, steps=5)
+    expected, of_other, x = answers(model), answers(other), images()
+    for m in (model, other):
+        m.eval().set_task(0)
+    model.load_state_dict(model.state_dict())  # nothing is remembered
+    with torch.no_grad():
+        for i in range(4):  # memory is used again
+            noisy = {k: v + i if v.is_floating_point() else v.clone() for k, v in other.state_dict().items()}
+            torch.func.functional_call(model, noisy, (x,))
+            del noisy
+        assert torch.equal(torch.func.functional_call(model, other.state_dict(), (x,)), of_other[0])
+        stacked = [
+            {name: torch.stack((tensor, dict(tensors(other))[name])) for name, tensor in tensors(model)}
+            for tensors in (nn.Module.named_parameters, nn.Module.named_buffers)
+        ]
+        both = torch.func.vmap(lambda *state: torch.func.functional_call(model, state, (x,)))(*stacked)
+    torch.testing.assert_close(both, torch.stack((expected[0], of_other[0])))
+    assert same(answers(model), expected)
+
+
+def test_a_task_that_has_just_ended_can_be_traced(model: HatModel) -> None:
+    learn(model, 2)
+    for norms in (model, hatify.hatify(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), 1)):
+        if norms.active_task is None and not norms.finished_tasks:
+            norms.begin_task(0)
+            norms.end_task()
+        x = images() if norms is model else torch.randn(3, 4)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the number of active features becomes a constant
+            assert torch.equal(torch.jit.trace(norms.eval(), x)(x), norms(x))
+
+
 # Threads -------------------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +517,75 @@ def test_other_networks_and_hooks_that_only_look_are_welcome(model: HatModel) ->
     model.end_task()
 
 
+def replaced_activation(model: HatModel) -> None:
+    model.act = nn.Sigmoid()
+
+
+def replaced_layer(model: HatModel) -> None:
+    model.fc = nn.Linear(8, 8)
+
+
+def another_eps(model: HatModel) -> None:
+    for norm in model.bn:
+        norm.eps = 1e-3
+
+
+def a_hook_that_adds(model: HatModel) -> None:
+    model.fc.register_forward_hook(lambda module, _, out: out + 1)
+
+
+CHANGES = {
+    replaced_activation: r"act\b",
+    replaced_layer: r"fc: the HatLinear that conversion has put there is Linear now",
+    another_eps: r"bn\.0\.eps has become 0\.001",
+    a_hook_that_adds: r"fc\._forward_hooks has changed",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_part_that_was_changed_while_a_task_was_open_is_found(model: HatModel, change) -> None:
+    model.begin_task(2)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    change(model)
+    with pytest.raises(HatError, match=CHANGES[change]):
+        model.end_task()
+    assert model.active_task == 2
+    model.abort_task()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_part_that_was_changed_between_tasks_is_found(model: HatModel, change) -> None:
+    change(model)
+    with pytest.raises(HatError, match=CHANGES[change]):
+        model.begin_task(2)
+    assert model.active_task is None
+
+
+def test_settings_that_change_no_answer_may_change(model: HatModel) -> None:
+    for do in (model.begin_task, lambda _: model.end_task()):
+        model.shift_by = 3
+        model.conv.note = "seen"
+        do(2)
+    assert model.finished_tasks == (0, 1, 2)
+
+
+def test_a_hook_whose_own_numbers_change_is_found(model: HatModel) -> None:
+    outside = torch.zeros(8)
+    model.fc.register_forward_hook(lambda module, _, out: out + outside)
+    model.begin_task(2)
+    outside += 100
+    with pytest.raises(HatError, match="something that is no part of the model, perhaps a hook, has changed"):
+        model.end_task()
+
+
+def test_a_parameter_that_only_a_hook_knows_is_found_in_evaluation_mode(model: HatModel) -> None:
+    extra = nn.Parameter(torch.zeros(8))
+    model.begin_task(2)
+    model.fc.register_forward_hook(lambda module, _, out: out + extra)
+    with pytest.raises(HatError, match=r"a parameter of shape \(8,\) takes part .* forward hook on fc"):
+        model.eval()(images())
+
+
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +677,40 @@ def test_weights_of_the_original_do_not_overwrite_finished_tasks(model: HatModel
     with pytest.raises(TaskError, match="load_state_dict"):
         nn.ModuleDict({"inner": model}).load_state_dict({"inner.fc.weight": torch.zeros(8, 8)}, strict=False)
     assert same_state(model, before)
+
+
+FAULTY = {
+    "a key is missing": (lambda state: state.pop("fc.weight"), "missing: fc.weight"),
+    "another shape": (lambda state: state.update({"fc.weight": torch.zeros(8, 9)}), "of another shape: fc.weight"),
+    "one too many": (lambda state: state.update({"other": torch.zeros(1)}), "unexpected: other"),
+    "no progress": (lambda state: state.pop("_hat._extra_state"), "missing: _hat._extra_state"),
+    "masks and one layer": (
+        lambda state: [state.pop(k) for k in list(state) if k not in ("fc.weight", "_hat.finished_masks")],
+        "missing: tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_state_that_does_not_fit_is_refused_as_a_whole(
+    model: HatModel, opened: bool, wrapped: bool, fault: str
+) -> None:
+    if opened:
+        model.begin_task(2)
+    before, state = copy.deepcopy(model), copy.deepcopy(converted().state_dict())
+    spoil, message = FAULTY[fault]
+    spoil(state)
+    holder: nn.Module = nn.ModuleDict({"inner": model}) if wrapped else model
+    if wrapped:
+        state = {f"inner.{key}": value for key, value in state.items()}
+        message = message.replace(": ", ": inner.")
+    strict = fault != "masks and one layer"
+    if fault != "one too many" or not wrapped:
+        with pytest.raises(hatify.CheckpointError, match=message):
+            holder.load_state_dict(state, strict=strict)
+        assert same_state(model, before) and model.task_state.progress() == before.task_state.progress()
 
 
 def test_a_fresh_model_still_takes_parts_of_the_original() -> None:

@@ -738,3 +738,46 @@ def test_a_buffer_of_the_reserved_name_is_refused(x):
     net.register_buffer("_hat", torch.zeros(2))
     with pytest.raises(ConversionError, match=r"'_hat'.*reserved"):
         hatify(net, 2, (x,))
+
+
+# Arguments that are no tensors ---------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(INPUTS, 6), nn.Linear(6, 2)
+
+    def forward(self, x, k=2, flag=None, name="a"):
+        return self.head(self.first(x) * k)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), "with k=2 and computes .* not with 3"),
+        ((torch.ones(3),), "with k=2 and computes .* not with a tensor"),
+        ((2, True), "with flag=None and computes .* not with True"),
+        ((2, None, "c"), "with name='b' and computes .* not with 'c'"),
+    ],
+)
+def test_another_value_of_an_argument_that_is_no_tensor_is_refused(arguments, message, x):
+    net = Scaled().eval()
+    model = hatify(net, 2, (x, 2, None, "b")).eval()
+    assert torch.equal(model(x, 2, None, "b"), net(x))
+    with pytest.raises(HatError, match=message):
+        model(x, *arguments)
+
+
+# Writing to parameters -----------------------------------------------------------------------------------------------
+
+
+def test_a_forward_that_writes_to_a_parameter_is_refused_by_name(x):
+    class Normalising(Scaled):
+        def forward(self, x):
+            with torch.no_grad():
+                self.first.weight.div_(self.first.weight.norm())
+            return self.head(self.first(x))
+
+    with pytest.raises(ConversionError, match=r"first\.weight: forward writes to this parameter in place \(div_\)"):
+        hatify(Normalising(), 2, (x,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -11,8 +12,21 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-#: What was computed last for each module: from which mask, from what state of its parameters, and the result.
-_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Tensor, tuple[tuple[int, int], ...], object]] = WeakKeyDictionary()
+#: The state of a parameter: which one, its version, and where it lies in memory.
+State = tuple[weakref.ref[Tensor], int, int]
+
+#: What was computed last for each module: from which mask, from what states of its parameters, and the result.
+_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Tensor, list[State], object]] = WeakKeyDictionary()
+
+
+def is_transformed() -> bool:
+    """Whether the call is compiled, or transformed by ``torch.func``, so that tensors are not what they seem."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def can_be_remembered() -> bool:
+    """Whether what a call computes may be kept for others: not if it is transformed or recorded."""
+    return not (is_transformed() or torch.jit.is_tracing())
 
 
 def remembered(module: nn.Module, mask: Tensor, compute: Callable[[], T]) -> T:
@@ -21,16 +35,25 @@ def remembered(module: nn.Module, mask: Tensor, compute: Callable[[], T]) -> T:
     Only where it pays: in evaluation without gradients, where the masks of finished tasks are always the same tensors.
     A parameter changes with its version, as for autograd: writing to ``parameter.data`` goes unnoticed.
     """
-    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if module.training or torch.is_grad_enabled() or not can_be_remembered():
         return compute()
     parameters = [p for p in module._parameters.values() if p is not None]
     if mask.is_inference() or any(p.is_inference() for p in parameters):
         return compute()
-    versions = tuple((p._version, p.data_ptr()) for p in parameters)
     known = _REMEMBERED.get(module)
-    if known is None or known[0] is not mask or known[1] != versions:
-        known = _REMEMBERED[module] = (mask, versions, compute())
-    return known[2]  # type: ignore[return-value]
+    if known is not None and known[0] is mask and _are_in(known[1], parameters):
+        return known[2]  # type: ignore[return-value]
+    result = compute()
+    _REMEMBERED[module] = (mask, [(weakref.ref(p), p._version, p.data_ptr()) for p in parameters], result)
+    return result
+
+
+def _are_in(states: list[State], parameters: list[nn.Parameter]) -> bool:
+    """Whether `parameters` are the same objects, as they were then: memory may be used again by others."""
+    return len(states) == len(parameters) and all(
+        ref() is p and version == p._version and place == p.data_ptr()
+        for (ref, version, place), p in zip(states, parameters, strict=True)
+    )
 
 
 def forget(network: nn.Module) -> None:

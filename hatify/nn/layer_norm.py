@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from hatify.nn.folding import remembered
+from hatify.nn.folding import is_transformed, remembered
 
 
 class Folded(NamedTuple):
@@ -120,9 +120,9 @@ def masked_layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
         mask: of the normalised shape, in [0, 1], in the dtype of `x`.
     """
     weight, bias = (None if p is None else p.to(mask.dtype) for p in (norm.weight, getattr(norm, "bias", None)))
-    if torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.ndim > 1:
+    if is_transformed() or mask.device.type != "cpu" or mask.ndim > 1:
         return composite(x, mask, weight, bias, norm.eps)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():
         y: Tensor = _MaskedLayerNorm.apply(x, mask, weight, bias, norm.eps)[0]
         return y
     folded = remembered(norm, mask, lambda: fold(mask, weight, bias, norm.eps))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.gate import gate
 from hatify.nn.choice import Choice
+from hatify.nn.folding import can_be_remembered
 
 if TYPE_CHECKING:
     from hatify.slots import Layout
@@ -36,6 +37,7 @@ class TaskState(nn.Module):
         learning: the task that is open for training, or None.
         task_before: the task that was set when it was opened.
         tensor_names: of every parameter and buffer of the model.
+        layer_types: of the layers that conversion has replaced, by path.
         trainable: which parameters take gradients when their task is open.
     """
 
@@ -76,7 +78,9 @@ class TaskState(nn.Module):
         self.learning: int | None = None
         self.task_before = 0
         self.tensor_names: frozenset[str] = frozenset()
-        self._constant_masks: dict[int, dict[str, Tensor]] = {}
+        self.layer_types: dict[str, type] = {}
+        #: The masks of finished tasks, and from which binary ones they were made.
+        self._constant_masks: dict[int, tuple[Tensor, int, dict[str, Tensor]]] = {}
 
     @property
     def task(self) -> int:
@@ -86,16 +90,20 @@ class TaskState(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         if self.training or not self.finished[self.task] or self.learning == self.task:
             return self.masks_from(self.gates())
-        if torch.compiler.is_compiling():
+        binary, masks = self.finished_masks, None
+        if not can_be_remembered() or binary.is_inference():
             return self.masks_from(self.gates())
-        if self.task not in self._constant_masks:
+        if self.task in self._constant_masks:
+            # Another state of the module may be at work for this call: `torch.func.functional_call`.
+            source, version, masks = self._constant_masks[self.task]
+            masks = masks if source is binary and version == binary._version else None
+        if masks is None:
             # Not as inference tensors: the same masks may be needed for gradients later.
             with torch.inference_mode(False), torch.no_grad():
                 masks = self.masks_from(self.gates())
-            if any(type(mask) is not Tensor for mask in masks.values()):
-                return masks
-            self._constant_masks[self.task] = masks
-        return self._constant_masks[self.task]
+            if all(type(mask) is Tensor for mask in masks.values()):
+                self._constant_masks[self.task] = binary, binary._version, masks
+        return masks
 
     def gates(self) -> Tensor:
         """The flat vector of all gates of the task that is set, shape (slots,)."""
