@@ -1923,6 +1923,64 @@ def sized(draw: Draw, signal: Signal) -> Made:
     return Sized(1 if signal.kind == "tokens" else 2, signal.spatial[0], how), signal
 
 
+class ChosenBySize(nn.Module):
+    """Positions or features of two kinds, one of which a size chooses, for every position."""
+
+    def __init__(self, near: nn.Module, far: nn.Module, place: int, dim: int, divisor: int, how: str) -> None:
+        super().__init__()
+        self.near, self.far = near, far
+        self.place, self.dim, self.divisor, self.how = place, dim, divisor, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x.shape[self.dim] // self.divisor
+        if self.how == "kinds":
+            both = torch.stack((self.near(x), self.far(x)), self.dim)
+            return both.select(self.dim, chosen % 2)
+        # Smaller inputs are refused.
+        x = x + 0.1 * x.narrow(self.dim, self.place, 1)
+        joined = torch.cat((self.near(self.part(x, 0, self.place)), self.far(self.part(x, self.place, None))), self.dim)
+        return self.choose(joined, chosen).expand_as(x)
+
+    def part(self, x: Tensor, start: Any, stop: Any) -> Tensor:
+        return x[(*(slice(None),) * self.dim, slice(start, stop))]
+
+    def choose(self, x: Tensor, place: int) -> Tensor:
+        if self.how == "narrow":
+            return x.narrow(self.dim, place, 1)
+        if self.how == "slice":
+            return self.part(x, place, place + 1)
+        if self.how == "roll":
+            return self.part(x.roll(-place, self.dim), 0, 1)
+        if self.how == "crop":
+            return self.part(F.pad(x, (*(0, 0) * (x.ndim - 1 - self.dim), -place, 0)), 0, 1)
+        if self.how == "indices":
+            return x.index_select(self.dim, torch.full((1,), place))
+        if self.how == "flip":
+            return self.part(x.flip(self.dim), 0, 1)
+        if self.how == "from the end":
+            return self.part(self.part(x, -self.place, None), 0, 1)
+        if self.how == "steps":
+            return self.part(x[(*(slice(None),) * self.dim, slice(None, None, place + 1))], 1, 2)
+        return self.part(x.chunk(4, self.dim)[0], -1, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.how}, at {self.place} of dimension {self.dim}, size // {self.divisor}"
+
+
+@block("image", "tokens")
+def chosen_by_size(draw: Draw, signal: Signal) -> Made:
+    edge = signal.spatial[0]
+    if edge < 3:
+        return stage(draw, signal)
+    how = draw.one_of(
+        "kinds", "narrow", "slice", "roll", "crop", "indices", "flip", "from the end", "steps", "chunk",
+    )  # fmt: skip
+    draw.note(f"chosen_by_size:{how}")
+    near, far = (pointwise(signal) for _ in range(2))
+    place, divisor = draw.between(1, edge - 1), draw.one_of(2, 3, 4, edge, 2 * edge)
+    return ChosenBySize(near, far, place, 1 if signal.kind == "tokens" else 2, divisor, how), signal
+
+
 class Folded(nn.Module):
     """Folds features or positions into the batch, by sizes, and back."""
 
