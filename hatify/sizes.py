@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 #: A dimension of an input: the number of the tensor among the inputs, and of the dimension in it.
 Place = tuple[int, int]
 
-#: From here on an edge is taken to be an image's, of which a smaller one is tried only: it costs less.
+#: From here on an edge is taken to be an image's, of which a smaller one is tried first: it costs less.
 LARGE = 64
 
 
@@ -26,7 +26,7 @@ def larger(size: int) -> tuple[int, ...]:
 
 
 def smaller(size: int) -> tuple[int, ...]:
-    """Likewise: they leave something out."""
+    """Likewise: they leave something out; or, of something large, at least are other ones."""
     return (size // 2, size - 32, size + 1) if size > LARGE else tuple(range(size - 1, size // 2, -1))
 
 

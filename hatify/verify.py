@@ -27,7 +27,7 @@ def verify_isolation(
 
     This is done for every finished task, on the inputs as they are, in batches of one and three, and at larger and
     smaller sizes of every other dimension that the network leaves free (lengths of sequences, edges of images; those
-    above 64 are only made smaller). All happens in a copy of the model.
+    above 64 are made larger only where they cannot be made smaller). All happens in a copy of the model.
 
     Args:
         model: a converted model with at least one finished task.
