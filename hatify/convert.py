@@ -1,4 +1,4 @@
-"""Conversion: trace → classify → analyse → plan → rewrite."""
+"""Conversion: trace → classify → analyse → plan → rewrite; or, by a plan that was saved, trace → check → rewrite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hatify.classify import classify, detached_copy
 from hatify.errors import ConversionError
@@ -15,11 +15,12 @@ from hatify.examples import infer_example_inputs, refusals_named
 from hatify.model import HatModel
 from hatify.nn.state import STATE, TaskState
 from hatify.origin import Origin
-from hatify.plan import make_plan
+from hatify.plan import Plan
+from hatify.planner import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import rewrite_graph, rewrite_modules
 from hatify.support import accepted_sizes, analyse, only_weighing
-from hatify.trace import bound_arguments, trace
+from hatify.trace import Traced, bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
 S_MAX = 100.0
@@ -73,32 +74,81 @@ def hatify(
     """
     num_classes, heads, policies = _kept(num_classes), _kept(heads), dict(policies or {})
     options = {name: value for name, value in locals().items() if name not in ("net", "example_inputs")}
-    classes = _check_arguments(net, num_tasks, num_classes, s_max)
-    origin = Origin.of(net, options)
-    original, net = net, detached_copy(net)
+    original, net, origin = net, _own_copy(net, options), Origin.of(net, options)
     inputs = _example_inputs(net, example_inputs)
-    arguments = bound_arguments(net, inputs)
     with refusals_named(net, inputs):
-        traced = trace(net, arguments, frozenset(policies))
-        classification = classify(net, traced.graphs, heads, policies)
-        sizes, free = accepted_sizes(net, traced.graphs, inputs)
-        space, findings = analyse(net, traced.graphs, sizes, free, classification, couple, mask_inputs)
-        if weighing := only_weighing(space, findings, classification):
-            classification = classification.per_task(
-                weighing, "its features only weigh others, as attention's heads do"
-            )
-            space, findings = analyse(net, traced.graphs, sizes, free, classification, couple, mask_inputs)
+        traced = trace(net, bound_arguments(net, inputs), frozenset(policies))
+        plan = _planned(net, traced.graphs, inputs, heads, policies, couple, mask_inputs)
     _put_back(net, original)
-    plan = make_plan(net, traced.graphs, classification, space, findings)
+    return _carried_out(plan, net, traced, inputs, origin)
+
+
+def convert_by(
+    plan: Plan, net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], options: dict[str, Any]
+) -> HatModel:
+    """Convert `net` by a plan that was made for it; nothing is derived again.
+
+    Args:
+        plan: the plan.
+        net: the network, which is left as it is.
+        example_inputs: those of the conversion for which the plan was made.
+        options: the other arguments of that conversion.
+
+    Raises:
+        CheckpointError: the plan is one for another network; names the first difference.
+    """
+    net, origin = _own_copy(net, options), Origin.of(net, options)
+    with refusals_named(net, example_inputs):
+        traced = trace(net, bound_arguments(net, example_inputs), frozenset(options["policies"]))
+    plan.check(net, traced.graphs)
+    return _carried_out(plan, net, traced, example_inputs, origin)
+
+
+def _own_copy(net: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """A copy to be rewritten, once it is clear that `net` can be converted with these `options`."""
+    _check_arguments(net, options["num_tasks"], options["num_classes"], options["s_max"])
+    return detached_copy(net)
+
+
+def _planned(
+    net: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    inputs: tuple[Any, ...] | dict[str, Any],
+    heads: str | Iterable[str] | None,
+    policies: Mapping[str, str],
+    couple: bool,
+    mask_inputs: bool,
+) -> Plan:
+    """Classify the parts of `net`, analyse its graphs, and plan what becomes of them."""
+    classification = classify(net, graphs, heads, policies)
+    sizes, free = accepted_sizes(net, graphs, inputs)
+    space, findings = analyse(net, graphs, sizes, free, classification, couple, mask_inputs)
+    if weighing := only_weighing(space, findings, classification):
+        classification = classification.per_task(weighing, "its features only weigh others, as attention's heads do")
+        space, findings = analyse(net, graphs, sizes, free, classification, couple, mask_inputs)
+    return make_plan(net, graphs, classification, space, findings)
+
+
+def _carried_out(
+    plan: Plan, net: nn.Module, traced: Traced, inputs: tuple[Any, ...] | dict[str, Any], origin: Origin
+) -> HatModel:
+    """Rewrite `net` and its graphs, in place, and make a model of them."""
+    given = origin.arguments
+    num_tasks, s_max, classes = (
+        given["num_tasks"],
+        given["s_max"],
+        class_counts(given["num_tasks"], given["num_classes"]),
+    )
     if classes is not None and Policy.HEAD not in plan.modules.values():
         raise ConversionError(
             f"{type(net).__name__}: num_classes is given, but no output layer was found; name it with heads="
         )
-    state = TaskState(plan.layout, num_tasks, mask_init, s_max, clamp, next(net.parameters(), torch.empty(0)))
+    like = next(net.parameters(), torch.empty(0))
+    state = TaskState(plan.layout, num_tasks, given["mask_init"], s_max, given["clamp"], like)
     rewrite_modules(net, plan, num_tasks, classes)
     net.add_module(STATE, state.train(net.training))
-    for graph in traced.graphs:
-        rewrite_graph(net, graph, plan, findings.fold)
+    for graph, planned in zip(traced.graphs, plan.graphs, strict=True):
+        rewrite_graph(net, graph, plan, planned.masks)
     return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
 
 
@@ -115,10 +165,8 @@ def _kept(given: Any) -> Any:
     return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
 
 
-def _check_arguments(
-    net: nn.Module, num_tasks: int, num_classes: int | Iterable[int] | None, s_max: float
-) -> list[int] | None:
-    """The number of classes of each task, or None."""
+def _check_arguments(net: nn.Module, num_tasks: int, num_classes: int | Iterable[int] | None, s_max: float) -> None:
+    """Raise an error that says why `net` cannot be converted as it is, or which argument is out of range."""
     if isinstance(net, HatModel):
         raise ConversionError("the network has been converted already")
     if not isinstance(net, nn.Module):
@@ -146,7 +194,7 @@ def _check_arguments(
         raise ValueError(f"num_tasks must be a positive integer, not {num_tasks!r}")
     if not 1 < s_max < math.inf:
         raise ValueError(f"s_max must be finite and above 1, not {s_max!r}")
-    return class_counts(num_tasks, num_classes)
+    class_counts(num_tasks, num_classes)
 
 
 def class_counts(num_tasks: int, num_classes: int | Iterable[int] | None) -> list[int] | None:

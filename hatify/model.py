@@ -50,11 +50,13 @@ class HatModel(fx.GraphModule):
     tasks share keep their names.
 
     Attributes:
+        plan: what its conversion decided, as data.
         census: what happens to every parameter and buffer of the original (a tuple of `Entry`; prints as a table).
         s_max: the upper bound of the mask scale.
         example_inputs: what the original was converted with.
     """
 
+    plan: Plan
     census: Census
     s_max: float
     example_inputs: tuple[Any, ...] | dict[str, Any]
@@ -89,6 +91,7 @@ class HatModel(fx.GraphModule):
             if name not in self.__dict__ and not hasattr(type(self), name):
                 self.__dict__[name] = value
         self.__dict__.update(
+            plan=plan,
             census=plan.census,
             s_max=s_max,
             example_inputs=example_inputs,

@@ -1,25 +1,23 @@
-"""The plan of a conversion: a policy for every parameter and buffer, a mask for every feature."""
+"""The plan of a conversion, as data: a policy for every parameter and buffer, a mask for every feature.
+
+It speaks of nodes, modules and tensors by their names, so that it can be written to a file and carried out again on the
+same network, captured anew.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hatify.answers import asks
 from hatify.census import Census, Entry
-from hatify.classify import Classification
-from hatify.errors import ConversionError
-from hatify.labels import LabelSpace
-from hatify.nn.layers import Entries, family_of
+from hatify.errors import CheckpointError
 from hatify.policy import Policy
-from hatify.rules import Findings
-from hatify.rules.contraction import FUNCTIONAL_LAYERS
-from hatify.slots import Layout, Slots, Use
-
-_SHARED = (Policy.SHARED, Policy.ROW, Policy.UNMASKED)
+from hatify.slots import Layout, Use
 
 
 @dataclass(frozen=True)
@@ -35,218 +33,160 @@ class MaskedNode:
     steep: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
+class GraphPlan:
+    """What is masked in one graph.
+
+    Attributes:
+        nodes: what the graph consists of before it is rewritten, in order; see `outline`.
+        masks: the masks to insert, by the names of the nodes behind which they come.
+    """
+
+    nodes: tuple[str, ...]
+    masks: dict[str, MaskedNode]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything the rewrite needs to know.
 
     Attributes:
-        nodes: the masks to insert behind nodes.
         modules: the policy of each called module with parameters or buffers.
-        tensors: the policy of each parameter and buffer.
+        tensors: the policy of each parameter and buffer, by its first name.
+        census: the same for people, with reasons.
+        layout: where each mask lies among all slots.
+        graphs: the masks in the graph for evaluation and, if that is another one, in that for training.
         uses: how the entries of each shared parameter connect features.
         owners: the mask of each masked layer or raw parameter.
+        folded: layers whose weight is masked rather than their output.
     """
 
     modules: dict[str, Policy]
-    census: Census = field(default_factory=Census)
-    layout: Layout = field(default_factory=lambda: Layout({}, {}))
-    nodes: dict[fx.Node, MaskedNode] = field(default_factory=dict)
-    tensors: dict[str, Policy] = field(default_factory=dict)
-    uses: dict[str, list[Use]] = field(default_factory=dict)
-    owners: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Policy]
+    census: Census
+    layout: Layout
+    graphs: tuple[GraphPlan, ...]
+    uses: dict[str, list[Use]]
+    owners: dict[str, str]
+    folded: frozenset[str]
+
+    def check(self, net: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
+        """Raise a `CheckpointError` that names the first difference unless this is a plan for `net` and `graphs`."""
+        named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
+        found = [f"{name} {tuple(value.shape)}" for name, value in named]
+        _check_same((f"{entry.name} {entry.shape}" for entry in self.census), found, "parameter or buffer")
+        for planned, graph in zip_longest(self.graphs, graphs):
+            _check_same(planned.nodes if planned else (), outline(graph) if graph else (), "operation")
+
+    def to_data(self) -> tuple[dict[str, Any], Tensor]:
+        """The plan as what JSON can hold, and an int32 tensor that holds all its numbers of slots."""
+        numbers = _Numbers()
+        return {
+            "modules": {path: str(policy) for path, policy in self.modules.items()},
+            "tensors": {name: str(policy) for name, policy in self.tensors.items()},
+            "census": [[e.name, e.kind, str(e.policy), list(e.shape), e.reason] for e in self.census],
+            "groups": {name: list(slots) for name, slots in self.layout.groups.items()},
+            "indices": {name: numbers.put(index) for name, index in self.layout.indices.items()},
+            "graphs": [
+                {
+                    "nodes": list(graph.nodes),
+                    "masks": {node: [m.mask, m.dim, m.ndim, m.steep] for node, m in graph.masks.items()},
+                }
+                for graph in self.graphs
+            ],
+            "uses": {
+                name: [[numbers.put(use.written), None if use.read is None else numbers.put(use.read)] for use in uses]
+                for name, uses in self.uses.items()
+            },
+            "owners": self.owners,
+            "folded": sorted(self.folded),
+        }, numbers.packed()
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any], packed: Tensor) -> Plan:
+        """The plan that `to_data` made these of."""
+
+        def numbers(place: list[int]) -> Tensor:
+            start, *shape = place
+            return packed[start : start + torch.Size(shape).numel()].long().view(shape)
+
+        def dims(dim: int | list[int]) -> int | tuple[int, ...]:
+            return dim if isinstance(dim, int) else tuple(dim)
+
+        return cls(
+            {path: Policy(policy) for path, policy in data["modules"].items()},
+            {name: Policy(policy) for name, policy in data["tensors"].items()},
+            Census(
+                Entry(name, kind, Policy(p), tuple(shape), reason) for name, kind, p, shape, reason in data["census"]
+            ),
+            Layout(
+                {name: (start, stop) for name, (start, stop) in data["groups"].items()},
+                {name: numbers(place) for name, place in data["indices"].items()},
+            ),
+            tuple(
+                GraphPlan(
+                    tuple(graph["nodes"]),
+                    {
+                        node: MaskedNode(m, dims(dim), ndim, steep)
+                        for node, (m, dim, ndim, steep) in graph["masks"].items()
+                    },
+                )
+                for graph in data["graphs"]
+            ),
+            {
+                name: [Use(numbers(written), None if read is None else numbers(read)) for written, read in uses]
+                for name, uses in data["uses"].items()
+            },
+            dict(data["owners"]),
+            frozenset(data["folded"]),
+        )
 
 
-def make_plan(
-    net: nn.Module,
-    graphs: tuple[fx.Graph, ...],
-    classification: Classification,
-    space: LabelSpace,
-    findings: Findings,
-) -> Plan:
-    """Assign every parameter and buffer of `net` one policy, and every masked node its mask.
+def outline(graph: fx.Graph) -> tuple[str, ...]:
+    """What a graph consists of, node by node: its name, the module, tensor, method or function, and its inputs."""
 
-    Raises:
-        ConversionError: no policy claims some parameter or buffer that the graphs reach.
-    """
-    planner = _Planner(net, graphs, classification, space, findings)
-    planner.plan_nodes()
-    planner.plan_layers()
-    planner.plan_census()
-    _check_complete(planner.plan, graphs)
-    return planner.plan
+    def described(argument: Any) -> str:
+        if isinstance(argument, (list, tuple)):
+            return f"({', '.join(map(described, argument))})"
+        if isinstance(argument, slice):
+            return ":".join(map(described, (argument.start, argument.stop, argument.step)))
+        simple = argument is None or isinstance(argument, (fx.Node, bool, int, float, str, torch.dtype))
+        return str(argument) if simple else type(argument).__name__
 
-
-class _Planner:
-    """Fills in a plan, step by step."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        graphs: tuple[fx.Graph, ...],
-        classification: Classification,
-        space: LabelSpace,
-        findings: Findings,
-    ) -> None:
-        self.net, self.graphs, self.findings = net, graphs, findings
-        self.policies = classification.modules
-        self.slots = Slots(space, space.classes())
-        self.plan = Plan({path: policy for path, (policy, _) in self.policies.items()})
-        self.names = canonical_names(net)
-        self.read: dict[str, list[fx.Node]] = {}
-        for node in (n for graph in graphs for n in graph.nodes if n.op == "get_attr"):
-            self.read.setdefault(str(node.target), []).append(node)
-
-    def plan_nodes(self) -> None:
-        """Name the masks that the analysis asked for."""
-        for node, (labels, dim, ndim, _) in self.findings.masks.items():
-            owner = str(node.target) if node.op in ("call_module", "placeholder") else node.name
-            mask = self.slots.name(owner, self.slots.of(labels))
-            if mask is not None:
-                self.plan.nodes[node] = MaskedNode(mask, dim, ndim, node in self.findings.steep)
-                if node.op == "placeholder" or self.plan.modules.get(owner) in _SHARED:
-                    self.plan.owners[owner] = mask
-
-    def plan_layers(self) -> None:
-        """Note what the parameters of weighted layers connect, once for every call."""
-        for path, (policy, _) in self.policies.items():
-            if policy not in _SHARED:
-                continue
-            layer = self.net.get_submodule(path)
-            family = family_of(layer)
-            assert family is not None
-            written = self.slots.written_by(path, family.features(layer))
-            for labels in self.findings.reads.get(path, [None]):
-                entries: Entries
-                if policy is Policy.ROW:
-                    entries = {name: (_rows(written, p.ndim), None) for name, p in layer.named_parameters()}
-                else:
-                    entries = family.entries(layer, written, None if labels is None else self.slots.of(labels))
-                    entries = {name: pair for name, pair in entries.items() if getattr(layer, name) is not None}
-                for name, (writes, reads) in entries.items():
-                    self._use(f"{path}.{name}" if path else name, Use(writes, reads))
-
-    def plan_census(self) -> None:
-        """Give every parameter and buffer its line, in the network's order; parameters first."""
-        named = (*self.net.named_parameters(remove_duplicate=False), *self.net.named_buffers(remove_duplicate=False))
-        entries = []
-        for name, value in named:
-            kind = "parameter" if isinstance(value, nn.Parameter) else "buffer"
-            policy, reason = self._claim(name)
-            first = self.names[name]
-            if first != name:
-                policy, reason = self.plan.tensors[first], f"the same tensor as {first}"
-            elif policy in _SHARED and self._read_by_its_layer_alone(name):
-                if kind == "buffer":
-                    policy, reason = Policy.CONSTANT, "only read"
-            elif name in self.read and kind == "parameter":
-                policy, reason = self._raw_parameter(name, value, policy, reason)
-            elif name in self.read:
-                moving = name in self.findings.moving
-                policy = Policy.PER_TASK if moving else Policy.CONSTANT
-                reason = "written to by the forward pass" if moving else "only read"
-            self.plan.tensors[first] = policy
-            entries.append(Entry(name, kind, policy, tuple(value.shape), reason))
-        self.plan.census = Census(entries)
-        self.plan.layout = Layout(self.slots.groups, self.slots.indices)
-
-    def _claim(self, name: str) -> tuple[Policy, str]:
-        """What the policies of modules say about a parameter or buffer."""
-        path = name
-        while path:
-            path = path.rpartition(".")[0]
-            if path in self.policies:
-                return self.policies[path]
-        return Policy.UNUSED, "not read by the forward pass"
-
-    def _read_by_its_layer_alone(self, name: str) -> bool:
-        return all(asks(user) for node in self.read.get(name, ()) for user in node.users)
-
-    def _use(self, name: str, use: Use) -> None:
-        self.plan.uses.setdefault(self.names[name], []).append(use)
-
-    def _raw_parameter(self, name: str, value: Tensor, policy: Policy, reason: str) -> tuple[Policy, str]:
-        """The policy of a parameter that a graph reads directly; plans its mask at the source."""
-        if name in self.findings.reads:
-            return self._functional_weight(name, value, policy, reason)
-        if name in self.findings.whole:
-            if name not in self.plan.uses:
-                return Policy.PER_TASK, "the inputs tried read parts of it, which do not tell what the rest would meet"
-            self._use(name, Use(torch.full((1,) * (value.ndim + 1), self.slots.count), None))
-            return policy, reason
-        leaves = self.slots.space.raw.get(name)
-        if leaves is None:
-            return policy, reason
-        labels = self.findings.continued.get(name, leaves.all.view(value.shape))
-        index = _compact(self.slots.of(labels))
-        featured = bool((index != self.slots.count).any())
-        owned = name in self.plan.uses
-        if featured:
-            self._mask_source(name, value, index)
-        if not owned and not featured:
-            return Policy.PER_TASK, "not tied to features"
-        if not owned and name in self.findings.opaque | self.findings.moving:
-            return Policy.PER_TASK, "acts as a whole"
-        self._use(name, Use(index, None))
-        return (policy, reason) if owned else (Policy.MASKED, "features that meet those of a layer")
-
-    def _functional_weight(self, name: str, value: Tensor, policy: Policy, reason: str) -> tuple[Policy, str]:
-        """The weight of a layer written as a function; whatever else reads it needs all of it."""
-        written = _rows(self.slots.written_by(name, value.shape[0]), value.ndim)
-        for labels in self.findings.reads[name]:
-            read = self.slots.of(labels)
-            self._use(name, Use(written, read.view(1, read.shape[0], *(1,) * (value.ndim - 2), -1)))
-        users = {user for node in self.read[name] for user in node.users if user.target not in FUNCTIONAL_LAYERS}
-        if users:
-            self._use(name, Use(torch.full((1,) * (value.ndim + 1), self.slots.count), None))
-        if policy is not Policy.UNUSED:
-            return policy, reason
-        masked = name in self.slots.space.features
-        return Policy.SHARED if masked else Policy.UNMASKED, "weight of a layer written as a function"
-
-    def _mask_source(self, name: str, value: Tensor, index: Tensor) -> None:
-        """Mask a raw parameter where it is read, along the dimension its features lie in."""
-        dims = [d for d, n in enumerate(index.shape[:-1]) if n > 1]
-        dim: int | tuple[int, ...] = dims[0] if dims else value.ndim - 1
-        if len(dims) > 1:
-            dim, index = tuple(value.shape), index.expand(*value.shape, -1)
-        mask = self.slots.name(name, index.reshape(-1, index.shape[-1]))
-        assert mask is not None
-        self.plan.owners[name] = mask
-        for node in self.read[name]:
-            # The bias of a layer written as a function is masked with that layer's output.
-            if not all(user.target in FUNCTIONAL_LAYERS and user in self.findings.masks for user in node.users):
-                self.plan.nodes[node] = MaskedNode(mask, dim, value.ndim)
+    lines = []
+    for node in graph.nodes:
+        kwargs = (f"{name}={described(value)}" for name, value in node.kwargs.items())
+        target = getattr(node.target, "__name__", node.target)
+        lines.append(f"{node.name}: {target}({', '.join((*map(described, node.args), *kwargs))})")
+    return tuple(lines)
 
 
-def canonical_names(net: nn.Module) -> dict[str, str]:
-    """The first name of every parameter and buffer, by each of its names."""
-    first: dict[int, str] = {}
-    named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
-    return {name: first.setdefault(id(value), name) for name, value in named}
-
-
-def _rows(written: Tensor, ndim: int) -> Tensor:
-    """Slots (features, K) as (features, 1, …, K), for a parameter with `ndim` dimensions."""
-    return written.view(-1, *(1,) * (ndim - 1), written.shape[1])
-
-
-def _compact(index: Tensor) -> Tensor:
-    """`index` (*shape, K) with every dimension of the shape along which it is constant reduced to size 1."""
-    for d in range(index.ndim - 1):
-        first = index.narrow(d, 0, 1) if index.shape[d] else index
-        if bool((index == first).all()):
-            index = first
-    return index
-
-
-def _check_complete(plan: Plan, graphs: tuple[fx.Graph, ...]) -> None:
-    """Every parameter and buffer that the graphs reach has a policy other than UNUSED."""
-    called: set[Any] = {n.target for g in graphs for n in g.nodes if n.op in ("call_module", "get_attr")}
-    for entry in plan.census:
-        parts = entry.name.split(".")
-        reached = any(".".join(parts[:n]) in called for n in range(1, len(parts) + 1))
-        if entry.policy is Policy.UNUSED and reached:
-            owner = entry.name.rpartition(".")[0]
-            raise ConversionError(
-                f"{entry.name}: no policy claims this {entry.kind}; pass policies={{{owner!r}: 'per_task'}}"
+def _check_same(planned: Iterable[str], found: Iterable[str], what: str) -> None:
+    for then, now in zip_longest(planned, found):
+        if then != now:
+            raise CheckpointError(
+                f"the network is another one than was saved: the first {what} that differs was {then or 'not there'}, "
+                f"and is {now or 'not there'} now"
             )
+
+
+class _Numbers:
+    """Packs tensors of slots into one; those that are equal once."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.length = 0
+        self.known: dict[bytes, int] = {}
+
+    def put(self, tensor: Tensor) -> list[int]:
+        """Where `tensor` lies in the packed one, and its shape."""
+        flat = tensor.reshape(-1).to("cpu", torch.int32)
+        content = flat.numpy().tobytes()
+        if content not in self.known:
+            self.known[content] = self.length
+            self.pieces.append(flat)
+            self.length += flat.numel()
+        return [self.known[content], *tensor.shape]
+
+    def packed(self) -> Tensor:
+        return torch.cat(self.pieces) if self.pieces else torch.empty(0, dtype=torch.int32)

@@ -66,8 +66,8 @@ def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int]) -> Per
     return heads
 
 
-def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, fold: dict[str, bool]) -> None:
-    """Insert the masks of `plan` into `graph`; `net` holds the swapped modules.
+def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, masked_nodes: dict[str, MaskedNode]) -> None:
+    """Insert masks into `graph`, behind the nodes of these names; `net` holds the swapped modules.
 
     A layer's mask is left out where only normalisations follow that keep features apart and carry the same mask.
     """
@@ -75,8 +75,8 @@ def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, fold: dict[str, b
     masks = _call_state(graph, plan)
     handles: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        planned = plan.nodes.get(node)
-        if planned is None or _deferred(node, planned, net, plan):
+        planned = masked_nodes.get(node.name)
+        if planned is None or _deferred(node, planned, net, plan, masked_nodes):
             continue
         if planned.mask not in handles:
             # Inputs come before anything that is computed.
@@ -85,7 +85,7 @@ def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, fold: dict[str, b
                 handles[planned.mask] = graph.create_node(
                     "call_function", operator.getitem, (masks, planned.mask), name=name
                 )
-        _apply(node, planned, handles[planned.mask], net, plan, fold)
+        _apply(node, planned, handles[planned.mask], net, plan)
     graph.lint()
 
 
@@ -102,14 +102,16 @@ def _read_per_task_tensors(graph: fx.Graph, plan: Plan) -> None:
             node.op, node.args = "call_module", ()
 
 
-def _deferred(node: fx.Node, planned: MaskedNode, net: nn.Module, plan: Plan) -> bool:
+def _deferred(
+    node: fx.Node, planned: MaskedNode, net: nn.Module, plan: Plan, masked_nodes: dict[str, MaskedNode]
+) -> bool:
     """Whether the mask of a layer can wait for the normalisations that are its only users."""
     if node.op != "call_module" or plan.modules.get(str(node.target)) not in (Policy.SHARED, Policy.ROW):
         return False
     for user in node.users:
         if user.op != "call_module" or plan.modules.get(str(user.target)) is not Policy.NORM:
             return False
-        own = plan.nodes.get(user)
+        own = masked_nodes.get(user.name)
         norm = net.get_submodule(str(user.target))[0]  # type: ignore[index]
         if own is None or own.mask != planned.mask or not _inside_norm(norm, own) or not keeps_features_apart(norm):
             return False
@@ -129,16 +131,14 @@ def _inside_norm(norm: nn.Module, planned: MaskedNode) -> bool:
     return len(shape) == 1 or len(set(shape)) == len(shape)
 
 
-def _apply(
-    node: fx.Node, planned: MaskedNode, mask: fx.Node, net: nn.Module, plan: Plan, fold: dict[str, bool]
-) -> None:
+def _apply(node: fx.Node, planned: MaskedNode, mask: fx.Node, net: nn.Module, plan: Plan) -> None:
     """Hand the mask to the module at `node` if that can use it, else multiply the output."""
     path = str(node.target)
     policy = plan.modules.get(path) if node.op == "call_module" else None
     if policy is Policy.SHARED and not planned.steep and type(net.get_submodule(path)) in {*LAYERS, *LAYERS.values()}:
         layer = net.get_submodule(path)
         if type(layer) in LAYERS:
-            LAYERS[type(layer)].adopt(layer, fold.get(path, False))
+            LAYERS[type(layer)].adopt(layer, path in plan.folded)
         node.kwargs = {**node.kwargs, "mask": mask}
         return
     if policy is Policy.NORM:

@@ -1,8 +1,8 @@
 """Saving and loading a converted model, exactly and whole.
 
-A saved model is a folder of two files: ``hatify.json`` says how to make the network and to convert it, and where the
-tasks stand; ``model.safetensors`` holds every parameter and buffer. The two name each other by a stamp. Loading makes
-the network, converts it again with the same arguments, and puts every tensor in its place.
+A saved model is a folder of two files: ``hatify.json`` says how to make the network, by which plan it is converted, and
+where the tasks stand; ``model.safetensors`` holds every parameter and buffer, and the plan's numbers. The two name each
+other by a stamp. Loading makes the network, carries out the plan, and puts every tensor in its place.
 
 Both files are written into a provisional folder first. Where there was none, that folder is renamed. Where there was
 one, renaming the new ``hatify.json`` over the old one is what makes the new state count, and the weights follow: until
@@ -31,21 +31,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hatify.convert import hatify
+from hatify.convert import convert_by, hatify
 from hatify.errors import CheckpointError, HatError
 from hatify.lock import named_tensors
 from hatify.model import HatModel
 from hatify.nn.state import STATE
 from hatify.origin import Architecture, Origin, jsonable
+from hatify.plan import Plan
 from hatify.weights import check_keys
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "hatify.json"
 #: What does not count yet is in a folder of this name.
 PROVISIONAL = ".new"
-FORMAT = 1
+FORMAT = 2
+#: The format of version 0.1 without a plan: there a network is analysed again, which must lead to the same layout.
+WITHOUT_PLAN = 1
 #: Beside the model's own tensors, ``model.safetensors`` holds these, under names no module of the user's can have: the
-#: values at ``begin_task`` that are no longer the current ones, the example inputs, and modules' extra state.
-BEFORE, INPUTS, EXTRA = f"{STATE}.before.", f"{STATE}.example_inputs", f"{STATE}.extra."
+#: values at ``begin_task`` that are no longer the current ones, the example inputs, modules' extra state, and the
+#: numbers of the plan.
+BEFORE, INPUTS, EXTRA, PLAN = (f"{STATE}.{name}" for name in ("before.", "example_inputs", "extra.", "plan"))
 
 
 # Saving --------------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def describe(model: HatModel) -> dict[str, Any]:
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "never_trained": [name for name, _ in model.named_parameters() if name not in trainable],
         "strides": {name: t.stride() for name, t in _own_tensors(model) if t.stride() != _usual_stride(t)},
-        "layout": layout_digest(model),
+        "plan": model.plan.to_data()[0],
         "versions": _versions(),
     }
     for key, value in description.items():
@@ -201,22 +205,6 @@ def describe(model: HatModel) -> dict[str, Any]:
             else:
                 raise CheckpointError(f"cannot be saved: {key} {value!r} holds something JSON has no form for")
     return description
-
-
-def layout_digest(model: HatModel) -> str:
-    """A digest of what a conversion decides: policies, masks, and how entries connect features."""
-    digest = hashlib.sha256()
-    state = model.task_state
-    policies = [(e.name, e.kind, str(e.policy), e.shape) for e in model.census]
-    digest.update(repr((policies, state.groups, state.index_names, model._owners)).encode())
-    tensors = [getattr(state, f"index_{i}") for i in range(len(state.index_names))]
-    for name, uses in model.uses.items():
-        digest.update(name.encode())
-        tensors += [t for use in uses for t in (use.written, use.read) if t is not None]
-    for tensor in tensors:
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -239,7 +227,7 @@ def _stored(model: HatModel) -> dict[str, Tensor]:
     saved = model.values_before
     if saved is not None:
         tensors |= {BEFORE + name: saved[name] for name in list(tensors) if not _same_bits(saved[name], tensors[name])}
-    tensors[INPUTS] = _packed(model.example_inputs, "example_inputs")
+    tensors[INPUTS], tensors[PLAN] = _packed(model.example_inputs, "example_inputs"), model.plan.to_data()[1]
     for path, state in _extra_states(model):
         tensors[EXTRA + path] = _packed(state, f"the extra state of {path}")
     return storable(tensors)
@@ -313,8 +301,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> HatMod
     folder = Path(path)
     description, tensors = _read(folder)
     try:
-        converted = _converted_again(description, tensors.pop(INPUTS), model)
-        _check_layout(converted, description)
+        converted = _converted(description, tensors, model)
         _restore(converted, description, tensors)
     except HatError as error:
         raise CheckpointError(f"{folder}: {error}") from error
@@ -338,8 +325,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(description, dict) or "weights" not in description:
         raise CheckpointError(f"{path}: does not describe a saved model")
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {description.get('format')!r}, but this version reads format {FORMAT}")
+    if description.get("format") not in (FORMAT, WITHOUT_PLAN):
+        raise CheckpointError(
+            f"{path}: format {description.get('format')!r}, but this version reads formats {WITHOUT_PLAN} and {FORMAT}"
+        )
     return description
 
 
@@ -366,34 +355,50 @@ def _stamp_in(weights: Path) -> Any:
         return (file.metadata() or {}).get("stamp")
 
 
-def _converted_again(description: dict[str, Any], inputs: Tensor, net: nn.Module | None) -> HatModel:
-    """The model as it was after conversion, but for its weights."""
+def _converted(description: dict[str, Any], tensors: dict[str, Tensor], net: nn.Module | None) -> HatModel:
+    """The model as it was after conversion, but for its weights; takes what that needs out of `tensors`."""
+    inputs = tensors.pop(INPUTS)
     architecture = Architecture(**description["architecture"])
-    given = net is not None
+    given, options = net is not None, description["conversion"]
     with torch.random.fork_rng(devices=[]):
         net = architecture.build() if net is None else net
         device = next((t.device for t in net.parameters()), torch.device("cpu"))
         example = tree_map_only(Tensor, lambda t: t.to(device), _unpacked(inputs))
-        model = hatify(net, example_inputs=example, **description["conversion"])
+        if description["format"] == WITHOUT_PLAN:
+            model = hatify(net, example_inputs=example, **options)
+        else:
+            plan = Plan.from_data(description["plan"], tensors.pop(PLAN))
+            model = convert_by(plan, net, example, options)
         if architecture.kind == "timm" and not given:
             from hatify.timm_models import keep_interface
 
             keep_interface(model, net)
         for count, num_classes in description["tasks_added"]:
             model.add_tasks(count, num_classes)
-    model.__dict__["_origin"] = Origin(
-        **{**vars(model._origin), "architecture": architecture, "arguments": description["conversion"]}
-    )
-    return model
-
-
-def _check_layout(model: HatModel, description: dict[str, Any]) -> None:
-    if layout_digest(model) != description["layout"]:
+    model.__dict__["_origin"] = Origin(**{**vars(model._origin), "architecture": architecture, "arguments": options})
+    if description["format"] == WITHOUT_PLAN and layout_digest(model) != description["layout"]:
         versions = ", ".join(f"{package} {number}" for package, number in description["versions"].items())
         raise CheckpointError(
             "the network is another one than was saved, or this version converts it differently "
             f"(it was saved with {versions})"
         )
+    return model
+
+
+def layout_digest(model: HatModel) -> str:
+    """What format 1 has in the place of a plan: a digest of policies, masks, and how entries connect features."""
+    digest = hashlib.sha256()
+    state = model.task_state
+    policies = [(e.name, e.kind, str(e.policy), e.shape) for e in model.census]
+    digest.update(repr((policies, state.groups, state.index_names, model._owners)).encode())
+    tensors = [getattr(state, f"index_{i}") for i in range(len(state.index_names))]
+    for name, uses in model.uses.items():
+        digest.update(name.encode())
+        tensors += [t for use in uses for t in (use.written, use.read) if t is not None]
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _restore(model: HatModel, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:

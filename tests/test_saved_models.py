@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -62,3 +64,28 @@ def test_what_earlier_versions_saved_answers_as_it_did(make: ModuleType, version
     hatify.save(model, tmp_path / "again")
     again = hatify.load(tmp_path / "again", None if kind in ("resnet", "vit") else make.network(kind))
     assert answers_as_then(make, again, version, kind)
+
+
+def test_a_file_of_version_0_1_that_this_version_would_convert_otherwise_is_refused(make: ModuleType, tmp_path) -> None:
+    shutil.copytree(SAVED / "0.1" / "own", tmp_path / "own")
+    text = tmp_path / "own" / "hatify.json"
+    text.write_text(json.dumps(json.loads(text.read_text()) | {"layout": "0"}))
+    with pytest.raises(hatify.CheckpointError, match=r"converts it differently .*saved with .*torch"):
+        hatify.load(tmp_path / "own", make.network("own"))
+
+
+def test_what_is_saved_now_opens_whatever_the_analysis_would_find_later(
+    make: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in KINDS:
+        model = make.converted(kind)
+        hatify.save(model, tmp_path / kind)
+        with monkeypatch.context() as patch:
+            for stage in ("classify", "accepted_sizes", "analyse", "make_plan"):
+                patch.setattr(f"hatify.convert.{stage}", lambda *_: pytest.fail("derived again"))
+            again = hatify.load(tmp_path / kind, None if kind in ("resnet", "vit") else make.network(kind))
+        x = make.inputs(kind)
+        found, expected = make.answers(again, x), make.answers(model, x)
+        assert found.keys() == expected.keys() and all(torch.equal(found[t], expected[t]) for t in found)
+        assert str(again.code) == str(model.code) and again.census == model.census
+        assert again.plan.to_data()[0] == model.plan.to_data()[0]

@@ -410,14 +410,25 @@ def damage(folder, how):
         describe_as(folder, tasks={})
     elif how == "other conversion":
         describe_as(folder, conversion={**json.loads(text.read_text())["conversion"], "num_tasks": 2})
-    elif how == "other layout":
-        describe_as(folder, layout="0")
+    elif how.startswith("plan"):
+        plan = json.loads(text.read_text())["plan"]
+        if how == "plan of another graph":
+            plan["graphs"][0]["nodes"][2] = "relu: relu(conv)"
+        elif how == "plan without a policy":
+            plan["modules"]["conv"] = "none"
+        elif how == "plan of two graphs":
+            plan["graphs"].append(plan["graphs"][0])
+        describe_as(folder, plan={} if how == "plan that is empty" else plan)
     else:
         with safe_open(weights, "pt") as file:
             metadata = file.metadata()
         tensors = load_file(weights)
         if how == "other save":
             metadata = {"stamp": "0"}
+        elif how == "numbers of the plan missing":
+            del tensors["_hat.plan"]
+        elif how == "numbers of the plan cut off":
+            tensors["_hat.plan"] = tensors["_hat.plan"][:3]
         elif how == "tensor missing":
             del tensors["fc.weight"]
         elif how == "tensor too many":
@@ -440,7 +451,12 @@ def damage(folder, how):
         "other format": "format 99",
         "tasks missing": "damaged",
         "other conversion": "missing|unexpected|shape",
-        "other layout": "saved with .*torch",
+        "plan that is empty": "damaged",
+        "plan of another graph": r"the first operation that differs was relu: relu\(conv\), and is \w+: .* now",
+        "plan of two graphs": "the first operation that differs was x: x\\(\\), and is not there now",
+        "plan without a policy": "damaged: ValueError: 'none'",
+        "numbers of the plan missing": "damaged: KeyError",
+        "numbers of the plan cut off": "damaged",
         "other save": "belong",
         "tensor missing": r"missing: fc\.weight",
         "tensor too many": "unexpected: more",
