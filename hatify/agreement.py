@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from hatify.labels import ON, ZERO, Classes, LabelSpace
-from hatify.rules.registry import Findings, Masked
+from hatify.ops.registry import Findings, Masked
 
 
 def agree_on_reads(findings: Findings, classes: Classes) -> None:

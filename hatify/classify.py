@@ -14,17 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from hatify.errors import ConversionError
 from hatify.nn.layers import LAYERS, HatLayer, family_of
 from hatify.nn.norms import is_known
+from hatify.ops import Trait, has_trait, operation_of
+from hatify.ops.contraction import weight_of
 from hatify.policy import SELECTABLE, Policy
-from hatify.rules.contraction import FUNCTIONAL_LAYERS, weight_of
-from hatify.rules.movement import run_on_labels
-from hatify.rules.registry import RULES
-
-#: Operations between an output layer and the output that make no features: besides data movement.
-_OUTPUT_ACTIVATIONS = {
-    "sigmoid", "tanh", "softmax", "log_softmax", "relu", "float", "mean", "sum", "max", "amax", "dropout", "div",
-    "truediv", "mul", "add", "clamp", "adaptive_avg_pool2d", "avg_pool2d", "to", "getitem", "interpolate", "normalize",
-}  # fmt: skip
-
 
 #: The reason for a policy that `policies=` names.
 CHOSEN = "chosen by the user"
@@ -242,17 +234,16 @@ def _layers_behind(
         return None
     if node.op == "call_module" and node.target in owning:
         return {str(node.target)} if family_of(owning[str(node.target)]) else None
-    if node.target in FUNCTIONAL_LAYERS:
+    if has_trait(node, Trait.WEIGHTED):
         weight = weight_of(node)
         direct = isinstance(weight, fx.Node) and weight.op == "get_attr"
         return {str(weight.target)} if direct else None
     if node.op == "call_module":
-        allowed = _is_movement(type(net.get_submodule(str(node.target)))) or not isinstance(
-            net.get_submodule(str(node.target)), tuple(LAYERS)
-        )
+        module = net.get_submodule(str(node.target))
+        known = operation_of(node, module)
+        allowed = (known is not None and Trait.AFTER_HEADS in known.traits) or not isinstance(module, tuple(LAYERS))
     else:
-        name = str(getattr(node.target, "__name__", node.target)).strip("_")
-        allowed = _is_movement(node.target) or name in _OUTPUT_ACTIVATIONS
+        allowed = has_trait(node, Trait.AFTER_HEADS)
     if not allowed:
         return None
     found: set[str] = set()
@@ -274,10 +265,6 @@ def _is_size(node: fx.Node) -> bool:
         return node.args[1] in ("shape", "ndim", "device", "dtype")
     inputs = node.all_input_nodes
     return node.op == "call_function" and bool(inputs) and all(map(_is_size, inputs))
-
-
-def _is_movement(target: Any) -> bool:
-    return RULES.get(target) is run_on_labels
 
 
 # Ties ----------------------------------------------------------------------------------------------------------------

@@ -76,8 +76,9 @@ def hatify(
     options = {name: value for name, value in locals().items() if name not in ("net", "example_inputs")}
     original, net, origin = net, _own_copy(net, options), Origin.of(net, options)
     inputs = _example_inputs(net, example_inputs)
+    arguments = bound_arguments(net, inputs)
     with refusals_named(net, inputs):
-        traced = trace(net, bound_arguments(net, inputs), frozenset(policies))
+        traced = trace(net, arguments, frozenset(policies))
         plan = _planned(net, traced.graphs, inputs, heads, policies, couple, mask_inputs)
     _put_back(net, original)
     return _carried_out(plan, net, traced, inputs, origin)
@@ -98,8 +99,9 @@ def convert_by(
         CheckpointError: the plan is one for another network; names the first difference.
     """
     net, origin = _own_copy(net, options), Origin.of(net, options)
+    arguments = bound_arguments(net, example_inputs)
     with refusals_named(net, example_inputs):
-        traced = trace(net, bound_arguments(net, example_inputs), frozenset(options["policies"]))
+        traced = trace(net, arguments, frozenset(options["policies"]))
     plan.check(net, traced.graphs)
     return _carried_out(plan, net, traced, example_inputs, origin)
 

@@ -22,8 +22,8 @@ from hatify.nn.layers import HatLayer
 from hatify.nn.norms import NORMS, _masked_affine, is_known
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
+from hatify.ops.resize import CannotCut, resized
 from hatify.removal import Removal, children_of, is_mask, layer_family
-from hatify.resize import CannotCut, resized
 from hatify.rewrite import keeps_features_apart
 
 #: Operations on sizes that can be carried out once the sizes are known.

@@ -13,10 +13,9 @@ from hatify.classify import Classification
 from hatify.errors import ConversionError
 from hatify.labels import LabelSpace
 from hatify.nn.layers import Entries, family_of
+from hatify.ops import Findings, Trait, has_trait
 from hatify.plan import GraphPlan, MaskedNode, Plan, outline
 from hatify.policy import Policy
-from hatify.rules import Findings
-from hatify.rules.contraction import FUNCTIONAL_LAYERS
 from hatify.slots import Layout, Slots, Use
 
 _SHARED = (Policy.SHARED, Policy.ROW, Policy.UNMASKED)
@@ -179,7 +178,7 @@ class _Planner:
         for labels in self.findings.reads[name]:
             read = self.slots.of(labels)
             self._use(name, Use(written, read.view(1, read.shape[0], *(1,) * (value.ndim - 2), -1)))
-        users = {user for node in self.read[name] for user in node.users if user.target not in FUNCTIONAL_LAYERS}
+        users = {user for node in self.read[name] for user in node.users if not has_trait(user, Trait.WEIGHTED)}
         if users:
             self._use(name, Use(torch.full((1,) * (value.ndim + 1), self.slots.count), None))
         if policy is not Policy.UNUSED:
@@ -198,7 +197,7 @@ class _Planner:
         self.owners[name] = mask
         for node in self.read[name]:
             # The bias of a layer written as a function is masked with that layer's output.
-            if not all(user.target in FUNCTIONAL_LAYERS and user in self.findings.masks for user in node.users):
+            if not all(has_trait(user, Trait.WEIGHTED) and user in self.findings.masks for user in node.users):
                 self.nodes[node] = MaskedNode(mask, dim, value.ndim)
 
 

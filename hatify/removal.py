@@ -8,17 +8,15 @@ is what contributes nothing. Operations that are not known here need everything.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hatify.answers import asks
-from hatify.axes import Axis, Dims, Grouped, Moved, Relation, any_but
+from hatify.axes import Axis, Dims, Grouped, Relation, any_but
 from hatify.classify import Classification, is_plain
 from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.model import HatModel
@@ -27,12 +25,10 @@ from hatify.nn.layers import HatLayer, family_of
 from hatify.nn.norms import FEATURE_DIMS, NORMS, is_known, zero_at_zero
 from hatify.nn.per_task import PerTaskNorm, PerTaskTensor
 from hatify.nn.state import STATE, TaskState
+from hatify.ops import OPERATIONS, Call, Findings, Labels, constant_labels, movement, operation_of
 from hatify.rewrite import keeps_features_apart
-from hatify.rules import RULES, Call, Findings, Labels, constant_labels, contraction, movement, pointwise, reduction
 from hatify.support import SupportInterpreter
 from hatify.trace import reads_training_flag
-
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class Removal(SupportInterpreter):
@@ -115,7 +111,7 @@ class Removal(SupportInterpreter):
             dim = feature_dim(module, out.ndim, mask)
             view = mask.view(-1, *(1,) * (out.ndim - 1 - dim))
             return torch.where(view != 0, ON, ZERO).expand(out.shape)
-        if layer_family(module) is not None or isinstance(owner, PerTaskNorm) or type(module) not in RULES:
+        if layer_family(module) is not None or isinstance(owner, PerTaskNorm) or type(module) not in OPERATIONS:
             return constant_labels(out, ON)
         return super()._labels(node, out)
 
@@ -146,12 +142,13 @@ class Removal(SupportInterpreter):
             self.axes[node] = _item(self.axes[node.args[0]], node.args[1])  # type: ignore[index]
             return True
         if node.target in (masked, masked_off):
-            return self._elementwise([self.axes[node], self.axes[node.args[0]]])  # type: ignore[index]
+            return self.elementwise([self.axes[node], self.axes[node.args[0]]])  # type: ignore[index]
         if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
             of_tensors = any(isinstance(self.env[n], Tensor) for n in node.all_input_nodes)
             return asks(node) or node.target is by_mode or not of_tensors
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         call = Call(node, args, kwargs, out, None, self.space, self.findings, self._labels_of)
+        call.operation = operation_of(node)
         if node.op == "call_module":
             owner = self.fetch_attr(str(node.target))
             if isinstance(owner, (TaskState, PerTaskTensor)):
@@ -159,37 +156,15 @@ class Removal(SupportInterpreter):
                     self.axes[node] = self.attributes.setdefault(str(node.target), self.axes[node])
                 return True
             return self._module(replace(call, module=self.plain[str(node.target)]))
-        rule = RULES.get(node.target)
-        if rule is None and isinstance(movement.found_to_move(call), Tensor):
-            rule = movement.run_on_labels
-        return rule is not None and self._function(call, rule)
+        if call.operation is None:
+            return isinstance(movement.found_to_move(call), Tensor) and movement.moved(self, call)
+        return call.operation.cut is not None and call.operation.cut(self, call)
 
-    def _dims(self, argument: Any) -> Any:
+    def dims(self, argument: Any) -> Any:
+        """The axes of a graph's argument, in the structure of its value; None for what is no node."""
         return self.axes.get(argument) if isinstance(argument, fx.Node) else None
 
-    def _function(self, call: Call, rule: Callable[[Call], Labels]) -> bool:
-        out = self.axes[call.node]
-        name = str(getattr(call.node.target, "__name__", call.node.target))
-        if call.node.target in (F.normalize, F.local_response_norm):
-            return False
-        if rule in _ELEMENTWISE or (rule is movement.zeros and name.endswith(("_like", "_"))):
-            return self._elementwise([out, *(self._dims(n) for n in call.node.all_input_nodes)])
-        if call.node.target in _CONCATENATIONS:
-            return self._concatenation(call)
-        if rule in _MOVEMENTS:
-            return self._movement(call, rule)
-        handler = {
-            reduction.spatial: self._spatial,
-            reduction.reduce: self._reduction,
-            reduction.mixing: self._mixing,
-            contraction.matmul: self._matmul,
-            contraction.attention: self._attention,
-            contraction.einsum: self._einsum,
-            contraction.functional_layer: self._functional_layer,
-        }.get(rule)
-        return handler is not None and handler(call)
-
-    def _elementwise(self, values: list[Any]) -> bool:
+    def elementwise(self, values: list[Any]) -> bool:
         """Dimensions are aligned at the last one; those of size 1 are spread."""
         tensors = [dims for dims in tree_leaves(values) if isinstance(dims, Dims)]
         for d in range(1, max(map(len, tensors)) + 1):
@@ -198,117 +173,15 @@ class Removal(SupportInterpreter):
                 axes[0].join(axis)
         return True
 
-    # Movement --------------------------------------------------------------------------------------------------------
-
-    def _movement(self, call: Call, rule: Callable[[Call], Labels]) -> bool:
-        """Run the operation on the indices of the elements, one dimension at a time."""
-        source = call.node.args[0] if call.node.args else call.node.kwargs.get("input")
-        dims, value = self._dims(source), self.env.get(source)  # type: ignore[arg-type]
-        if not isinstance(dims, Dims) or value is None or movement.has_computed_indices(call):
-            return False
-        for other in call.node.all_input_nodes:
-            for indices in tree_leaves(self.axes[other] if other is not source else None):
-                if isinstance(indices, Dims):
-                    indices.keep()
-        outs = [d for d in tree_leaves(self.axes[call.node]) if isinstance(d, Dims)]
-        if call.is_empty or any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(call.out)):
-            return False  # at other sizes there may be something
-        sources: list[list[tuple[Axis, Tensor]]] = [[] for _ in outs]
-        for d, axis in enumerate(dims):
-            size = value.shape[d]
-            if size == 1:
-                continue
-            index = torch.arange(1, size + 1).view(-1, *(1,) * (value.ndim - 1 - d)).expand(value.shape)
-            moved = tree_leaves(rule(replace(call, labels_of=lambda _, index=index: index)))  # type: ignore[misc]
-            for out, found, leaf in zip(outs, sources, moved, strict=True):
-                if leaf.shape != torch.Size(a.kept.numel() for a in out):
-                    return False
-                found.append((axis, _settled(leaf)))
-        for out, found in zip(outs, sources, strict=True):
-            self._moved(found, out)
-        return True
-
-    def _moved(self, sources: list[tuple[Axis, Tensor]], out: Dims) -> None:
-        """Join axes that only changed places; relate the others, those together that meet along a dimension."""
-        rest: list[tuple[set[int], list[tuple[Axis, Tensor]]]] = []
-        for axis, index in sources:
-            varying = {d for d, size in enumerate(index.shape) if size > 1}
-            if not varying:
-                axis.keep(torch.arange(1, axis.kept.numel() + 1) == index.flatten())
-            elif len(varying) == 1 and torch.equal(index.flatten(), torch.arange(1, axis.kept.numel() + 1)):
-                axis.join(out[varying.pop()])
-            else:
-                meeting = [r for r in rest if r[0] & varying]
-                rest = [r for r in rest if not r[0] & varying]
-                members = [pair for _, pairs in meeting for pair in pairs]
-                rest.append((varying.union(*(r[0] for r in meeting)), [*members, (axis, index)]))
-        self.relations += [Moved(members, out) for _, members in rest]
-
-    def _concatenation(self, call: Call) -> bool:
-        parts = [self._dims(n) for n in call.given(0, "tensors")]
-        out, dim = self.axes[call.node], call.argument(1, "dim", 0)
-        if any(not isinstance(p, Dims) or len(p) != len(out) for p in parts) or not isinstance(dim, int):
-            return False
-        dim, start = dim % len(out), 0
-        for part in parts:
-            size = part[dim].kept.numel()
-            index = torch.zeros(out[dim].kept.numel(), dtype=torch.int64)
-            index[start : start + size] = torch.arange(1, size + 1)
-            if size:
-                self.relations.append(Moved([(part[dim], index)], Dims([out[dim]])))
-            start += size
-            self._elementwise([Dims(a for d, a in enumerate(dims) if d != dim) for dims in (part, out)])
-        return True
-
-    # Reductions ------------------------------------------------------------------------------------------------------
-
-    def _spatial(self, call: Call) -> bool:
-        """Pooling and resampling need every position."""
-        named = str(getattr(call.node.target, "__name__", type(call.module).__name__ if call.module else ""))
-        x = self._dims(call.given(0, "input"))
-        pools = "pool" in named.lower() and named[-2:-1].isdigit()
-        positions = int(named[-2]) if pools else len(x) - 2
-        for out in tree_leaves(self.axes[call.node]):
-            for d, axis in enumerate(out):
-                if d < len(out) - positions:
-                    axis.join(x[d])
-                else:
-                    axis.keep()
-                    x[d].keep()
-        return True
-
-    def _reduction(self, call: Call) -> bool:
-        if isinstance(call.argument(1, "other"), Tensor):
-            return self._elementwise([self.axes[call.node], *(self._dims(n) for n in call.node.all_input_nodes)])
-        x = self._dims(call.given(0, "input"))
-        reduced = reduction._dims(call.argument(1, "dim"), len(x))
-        kept = Dims(a for d, a in enumerate(x) if d not in reduced)
-        for d in reduced:
-            x[d].keep()
-        for out in tree_leaves(self.axes[call.node]):
-            left = out if len(out) == len(kept) else Dims(a for d, a in enumerate(out) if d not in reduced)
-            if len(left) != len(kept):
-                return False
-            self._elementwise([left, kept])
-        return True
-
-    def _mixing(self, call: Call) -> bool:
-        dim = call.argument(1, "dim", getattr(call.module, "dim", None))
-        x, out = self._dims(call.given(0, "input")), self.axes[call.node]
-        if not isinstance(dim, int):
-            return False
-        x[dim].keep()
-        return self._elementwise([x, out])
-
     # Contractions ----------------------------------------------------------------------------------------------------
 
-    def _contraction(self, operands: list[tuple[Any, str]], out: str, call: Call) -> bool:
+    def contraction(self, operands: list[tuple[Any, str]], out: str, call: Call) -> bool:
         """Axes by letters: equal ones are one axis; a letter missing in the output is summed over."""
         axes: dict[str, Axis] = {}
         needed: dict[str, Tensor] = {}
         for node, letters in operands:
             labels = self._labels_of(node)
-            for d, (letter, axis) in enumerate(zip(letters, self._dims(node), strict=True)):
+            for d, (letter, axis) in enumerate(zip(letters, self.dims(node), strict=True)):
                 if axis.kept.numel() == 1:
                     continue
                 axes.setdefault(letter, axis).join(axis)
@@ -322,63 +195,16 @@ class Removal(SupportInterpreter):
                 axis.keep(needed[letter])
         return True
 
-    def _matmul(self, call: Call) -> bool:
-        a, b = call.given(0, "input"), call.given(1, "mat2" if call.given(1, "other") is None else "other")
-        ndims = [len(self._dims(n)) for n in (a, b)]
-        if min(ndims) < 2:
-            return False
-        batch = _LETTERS[: max(ndims) - 2]
-        first, second = (batch[max(ndims) - n :] for n in ndims)
-        return self._contraction([(a, first + "XY"), (b, second + "YZ")], batch + "XZ", call)
-
-    def _attention(self, call: Call) -> bool:
-        """softmax(q kᵀ + mask) v: every key is needed."""
-        q, k, v, mask = (call.given(i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
-        ndims = {len(self._dims(n)) for n in (q, k, v)}
-        if call.kwargs.get("enable_gqa") or len(ndims) > 1:
-            return False
-        batch = _LETTERS[: ndims.pop() - 2]
-        self._dims(k)[-2].keep()
-        if isinstance(mask, fx.Node):
-            self._elementwise([self._dims(mask), Dims([*self._dims(q)[:-1], self._dims(k)[-2]])])
-        return self._contraction([(q, batch + "XY"), (k, batch + "JY")], batch + "XZ", call) and self._contraction(
-            [(v, batch + "JZ")], batch + "XZ", call
-        )
-
-    def _einsum(self, call: Call) -> bool:
-        equation, *operands = call.node.args
-        if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-            operands = list(operands[0])
-        if not isinstance(equation, str) or "." in equation or "->" not in equation:
-            return False
-        inputs, out = equation.replace(" ", "").split("->")
-        return self._contraction(list(zip(operands, inputs.split(","), strict=True)), out, call)
-
-    def _functional_layer(self, call: Call) -> bool:
-        x, weight, bias = (call.given(i, name) for i, name in enumerate(("input", "weight", "bias")))
-        convolves = "conv" in str(call.node.target)
-        if convolves and call.argument(6, "groups", 1) != 1:
-            return False
-        out, read, written = self.axes[call.node], self._dims(x), self._dims(weight)
-        spatial = len(written) - 2
-        for axis in (*written[2:], *(a for dims in (read, out) for a in dims[len(dims) - spatial :])):
-            axis.keep()
-        if isinstance(bias, fx.Node):
-            self._dims(bias)[0].join(written[0])
-        batch = _LETTERS[: len(out) - spatial - 1]
-        positions, edges, taps = ("".join(chr(ord(c) + d) for d in range(spatial)) for c in "mru")
-        return self._contraction([(x, batch + "X" + positions), (weight, "ZX" + taps)], batch + "Z" + edges, call)
-
     # Modules ---------------------------------------------------------------------------------------------------------
 
     def _module(self, call: Call) -> bool:
         module: Any = call.module
         path, mask = str(call.node.target), self.masks.get(call.node)
         x = call.given(0, "x" if "x" in call.node.kwargs else "input")
-        if not isinstance(self._dims(x), Dims):
+        if not isinstance(self.dims(x), Dims):
             return False
         if self._passes(module, x, call.out):
-            self.axes[call.node] = self._dims(x)
+            self.axes[call.node] = self.dims(x)
             self.passed.add(call.node)
             return True
         if layer_family(module) is not None:
@@ -387,10 +213,10 @@ class Removal(SupportInterpreter):
             return self._norm(path, module, x, self.axes[call.node], mask)
         if type(module) is nn.PReLU:
             if module.num_parameters > 1:
-                self.norms.setdefault(path, Dims([self._dims(x)[1]]))[0].join(self._dims(x)[1])
-            return self._elementwise([self._dims(x), self.axes[call.node]])
-        rule = RULES.get(type(module))
-        return rule is not None and not isinstance(module, nn.LocalResponseNorm) and self._function(call, rule)
+                self.norms.setdefault(path, Dims([self.dims(x)[1]]))[0].join(self.dims(x)[1])
+            return self.elementwise([self.dims(x), self.axes[call.node]])
+        known = operation_of(call.node, module)
+        return known is not None and known.cut is not None and known.cut(self, replace(call, operation=known))
 
     def _passes(self, module: nn.Module, x: fx.Node, out: Any) -> bool:
         """Whether a module passes its input on, as noise does in evaluation mode."""
@@ -398,12 +224,12 @@ class Removal(SupportInterpreter):
 
     def _layer(self, path: str, layer: Any, node: fx.Node, out: Dims) -> bool:
         family: Any = layer_family(layer)
-        x = self._dims(node)
+        x = self.dims(node)
         read_dim, written_dim = family.dims(layer)
         kernel = len(getattr(layer, "kernel_size", ()))
         read, written = self.layers.setdefault(path, (None if read_dim is None else x[read_dim], out[written_dim]))
         written.join(out[written_dim])
-        self._elementwise([Dims(out[: len(out) + written_dim]), Dims(x if read_dim is None else x[:read_dim])])
+        self.elementwise([Dims(out[: len(out) + written_dim]), Dims(x if read_dim is None else x[:read_dim])])
         for axis in (*x[len(x) - kernel :], *out[len(out) - kernel :]) if kernel else ():
             axis.keep()
         if read is not None:
@@ -418,8 +244,8 @@ class Removal(SupportInterpreter):
 
     def _norm(self, path: str, norm: Any, node: fx.Node, out: Dims, mask: Tensor | None) -> bool:
         """Statistics need the features that the mask has on, and every position."""
-        x = self._dims(node)
-        self._elementwise([x, out])
+        x = self.dims(node)
+        self.elementwise([x, out])
         dims = FEATURE_DIMS[type(norm)](norm, len(x))
         feature = dims[0] if mask is None else feature_dim(norm, len(x), mask)
         own = self.norms.setdefault(path, Dims(x[d] for d in dims))
@@ -438,23 +264,6 @@ class Removal(SupportInterpreter):
         if mask is not None:
             self.relations.append(Grouped(x[feature], x[feature], groups, mask != 0))
         return True
-
-
-_LETTERS = "abcdefghijkl"
-_ELEMENTWISE = {
-    pointwise.zero_preserving,
-    pointwise.bounded_at_zero,
-    pointwise.clamp,
-    pointwise.power,
-    pointwise.divide,
-    pointwise.add,
-    pointwise.multiply,
-    pointwise.where,
-    pointwise.masked_fill,
-    pointwise.blend,
-    movement.cast,
-}
-_MOVEMENTS = {movement.run_on_labels, movement.item, movement.pad, movement.attribute}
 
 
 def children_of(model: HatModel) -> nn.Module:
@@ -493,14 +302,3 @@ def may_be_nonzero(labels: Tensor, dim: int) -> Tensor:
 
 def _item(container: Any, key: Any) -> Any:
     return container[key] if isinstance(container, (tuple, list, dict)) and not isinstance(key, fx.Node) else None
-
-
-def _settled(index: Tensor) -> Tensor:
-    """`index` with every dimension along which it is constant, but for zeros, reduced to size 1."""
-    index = compact(index)
-    for d, size in enumerate(index.shape):
-        if size > 1 and bool((index == 0).any()):
-            high = index.amax(d, keepdim=True)
-            if bool(((index == high) | (index == 0)).all()):
-                index = high
-    return index

@@ -17,13 +17,13 @@ from hatify.errors import ConversionError
 from hatify.free import Free, Watching
 from hatify.labels import FIRST_RAW, ON, LabelSpace, compact
 from hatify.nn.layers import family_of
+from hatify.ops import Trait, operation_of
+from hatify.ops.contraction import is_only_a_weight
+from hatify.ops.modules import module_labels
+from hatify.ops.movement import found_to_move
+from hatify.ops.registry import Call, Findings, Labels, Masked, constant_labels, like_input, scalar_label
 from hatify.policy import Policy
-from hatify.rules import RULES
-from hatify.rules.contraction import functional_layer, is_only_a_weight
-from hatify.rules.layers import like_input, module_labels
-from hatify.rules.movement import found_to_move, item, run_on_labels
-from hatify.rules.registry import Call, Findings, Labels, Masked, Rule, constant_labels, scalar_label
-from hatify.rules.singular import endangered
+from hatify.singular import endangered
 from hatify.sizes import other_sizes
 
 
@@ -123,16 +123,15 @@ class SupportInterpreter(fx.Interpreter):
         if module is not None and str(node.target) in self.modules:
             self._note_seen(node)
             return module_labels(call, self.modules[str(node.target)][0])
-        known = module is None or not is_altered(module)
-        rule = RULES.get(type(module) if module is not None else node.target) if known else None
-        moved = found_to_move(call) if rule is None and not call.is_empty else None
+        known = call.operation = None if module is not None and is_altered(module) else operation_of(node, module)
+        moved = found_to_move(call) if known is None and not call.is_empty else None
         if moved is not None:
             return moved
-        if rule not in (run_on_labels, item):
+        if not call.has_trait(Trait.MOVES):
             self._note_seen(node)
-        if call.is_empty and rule is not functional_layer:
-            return _unseen(call, rule)
-        return like_input(call) if rule is None else rule(call)
+        if call.is_empty and not call.has_trait(Trait.WEIGHTED):
+            return _unseen(call)
+        return like_input(call) if known is None else known.labels(call)
 
     def _input_labels(self, node: fx.Node, value: Any) -> Labels:
         """Leaves for the features of an input, with a mask; ON for what is no batch of real features."""
@@ -207,14 +206,15 @@ def _holds_raw(labels: Labels) -> bool:
     )
 
 
-def _unseen(call: Call, rule: Rule | None) -> Labels:
+def _unseen(call: Call) -> Labels:
     """Labels where something that goes in is empty at this size (``h[:, 5:]`` of five positions), but not at others.
 
     What it would add is unknown; a mask behind the operation keeps it to the features that the rest has.
     """
-    if rule is not run_on_labels or not isinstance(call.out, Tensor) or not call.out.numel():
+    if not call.has_trait(Trait.MOVES) or not isinstance(call.out, Tensor) or not call.out.numel():
         return call.all_on()
-    return call.mask(rule(call))
+    assert call.operation is not None
+    return call.mask(call.operation.labels(call))
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from hatify.answers import AnsweringTracer, check_argument, factories_recorded
 from hatify.errors import ConversionError
 from hatify.nn.functional import by_mode
+from hatify.ops import OPERATIONS
 
 #: Subclasses of these stay whole: what their ``forward`` does to the weight decides how the weight may be shared.
 LEAF_BASES = (
@@ -64,9 +66,9 @@ class Traced:
 class HatTracer(AnsweringTracer):
     """A tracer that keeps whole what must not be opened, and knows where it is when tracing fails.
 
-    Leaves are torch's own modules (but not containers), subclasses of weighted and normalising layers,
-    parametrised modules, modules without children whose ``forward`` looks at ``self.training``, modules of the types
-    in `leaf_types`, and the modules named in `leaves`.
+    Leaves are torch's own modules (but not containers), subclasses of weighted and normalising layers, parametrised
+    modules, those registered as operations, modules without children whose ``forward`` looks at ``self.training``,
+    modules of the types in `leaf_types`, and the modules named in `leaves`.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class HatTracer(AnsweringTracer):
             return True
         if isinstance(m, LEAF_BASES) or hasattr(m, "parametrizations"):
             return True
-        if super().is_leaf_module(m, module_qualified_name):
+        if super().is_leaf_module(m, module_qualified_name) or type(m) in OPERATIONS:
             return True
         return not any(m.children()) and not m._parameters and reads_training_flag(m)
 
@@ -230,6 +232,7 @@ def _trace_strictly(net: nn.Module, arguments: dict[str, Any], leaves: frozenset
     tasks; so each type is opened first, and closed where that fails.
     """
     notrace, functions = _timm_registrations()
+    functions = (*functions, *_registered_functions())
     closed: set[type[nn.Module]] = set()
     while True:
         tracer = HatTracer(leaves, tuple(closed), functions, proxy_buffers, arguments)
@@ -369,6 +372,12 @@ def reads_training_flag(module: nn.Module) -> bool:
     """Whether the code of a module's ``forward`` mentions ``training``."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and "training" in code.co_names
+
+
+def _registered_functions() -> list[Callable[..., Any]]:
+    """Functions of Python that are registered as operations, and that torch would not record by itself."""
+    recorded = torch.overrides.get_testing_overrides()
+    return [target for target in OPERATIONS if isinstance(target, FunctionType) and target not in recorded]
 
 
 def _timm_registrations() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:

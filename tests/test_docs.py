@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hatify
-from hatify.rules import RULES
+from hatify.ops import OPERATIONS
 
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -21,15 +21,15 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_t
 
 
 @pytest.fixture
-def own_rules():
-    """Rules that are added meanwhile are removed again."""
-    before = dict(RULES)
+def own_operations():
+    """Operations that are added meanwhile are removed again."""
+    before = dict(OPERATIONS)
     yield
-    RULES.clear()
-    RULES.update(before)
+    OPERATIONS.clear()
+    OPERATIONS.update(before)
 
 
-@pytest.mark.usefixtures("own_rules")
+@pytest.mark.usefixtures("own_operations")
 @pytest.mark.filterwarnings("ignore::hatify.HatWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_programs_of_a_page_run(page, tmp_path, monkeypatch):

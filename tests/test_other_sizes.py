@@ -380,7 +380,7 @@ def test_verify_isolation_finds_what_only_other_lengths_show(name: str, monkeypa
     # An analysis that looks at the example's size alone, and at the entries of tables that it reads.
     monkeypatch.setattr(convert, "accepted_sizes", lambda net, graphs, inputs: ([inputs], Free()))
     monkeypatch.setattr(agreement, "continuation", lambda labels, known: labels)
-    monkeypatch.setattr("hatify.support._unseen", lambda call, rule: rule(call))
+    monkeypatch.setattr("hatify.support._unseen", lambda call: call.operation.labels(call))
     model = hatify.hatify(make(name), 2, of_length(LENGTH))
     model.begin_task(0)
     half_on(model, 0, random.Random(0))

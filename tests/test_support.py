@@ -14,7 +14,7 @@ from hatify import Policy
 from hatify.classify import classify
 from hatify.free import Free
 from hatify.labels import FIRST_LEAF, ON, ZERO, LabelSpace
-from hatify.rules import Findings
+from hatify.ops import Findings
 from hatify.support import SupportInterpreter, analyse, positional
 from networks import Attention, ClassToken, PositionMixer, PreNorm, SqueezeExcite, image, tokens
 

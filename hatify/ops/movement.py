@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,43 +13,33 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
+from hatify.axes import Axis, Dims, Moved
 from hatify.labels import ON, ZERO, compact, is_raw, varying_dims
-from hatify.rules.registry import Call, Labels, behind, constant_labels, rule
+from hatify.ops import resize
+from hatify.ops.registry import Along, Call, Labels, Trait, alike, behind, constant_labels, op
+
+if TYPE_CHECKING:
+    from hatify.removal import Removal
 
 #: Names of the argument that is moved.
 _FIRST = ("input", "tensors", "self", "x")
 
-#: Movements that read along one dimension: where the argument is that says which, its name, and its default.
-_ALONG = {
-    "chunk": (2, "dim", 0), "split": (2, "dim", 0), "tensor_split": (2, "dim", 0), "unbind": (1, "dim", 0),
-    "select": (1, "dim", None), "narrow": (1, "dim", None), "index_select": (1, "dim", None),
-    "gather": (1, "dim", None), "take_along_dim": (2, "dim", None), "roll": (2, "dims", None),
-}  # fmt: skip
-
-#: Movements that leave everything in its order, whatever sizes they are given.
-_ORDERLY = frozenset({
-    "reshape", "view", "view_as", "reshape_as", "flatten", "ravel", "unflatten", "permute", "transpose", "swapaxes",
-    "swapdims", "movedim", "moveaxis", "t", "adjoint", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "atleast_2d",
-    "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "contiguous", "clone", "detach",
-    "Flatten", "Unflatten", "Identity", "stack",
-})  # fmt: skip
-
-#: Movements that join tensors: along which dimension, if no argument says so.
-_JOINING = {"cat": 0, "concat": 0, "concatenate": 0, "hstack": 1, "vstack": 0}
+_MOVES = {Trait.MOVES, Trait.AFTER_HEADS}
+_IN_ORDER = {*_MOVES, Trait.KEEPS_ORDER}
 
 
 def run_on_labels(call: Call) -> Labels:
     """Run the operation on the labels of its first argument; every other argument keeps its value."""
     kwargs = dict(call.kwargs)
     name = next((n for n in _FIRST if not call.node.args and n in kwargs), None)
-    source = call.node.args[0] if name is None else call.node.kwargs[name]
+    source: Any = call.node.args[0] if name is None else call.node.kwargs[name]
     labels = call.labels_of(source)
     if has_computed_indices(call):
         labels = _read_anywhere(call, labels, _dims_read(call))
-    elif isinstance(labels, Tensor) and _name(call) not in _ORDERLY:
+    elif isinstance(labels, Tensor) and not call.has_trait(Trait.KEEPS_ORDER):
         labels = _read_by_sizes(call, source, labels)
-    elif isinstance(source, (tuple, list)) and _name(call) in _JOINING:
-        labels = _joined_by_sizes(call, source, labels)
+    elif call.operation is not None and call.operation.joins is not None:
+        labels = _joined_by_sizes(call, source, labels, call.operation.joins)
     if labels is None:
         return call.all_on()
     if name is None:
@@ -61,8 +52,8 @@ def run_on_labels(call: Call) -> Labels:
 
 def has_computed_indices(call: Call) -> bool:
     """Whether a movement goes by tensors that follow from inputs, so that it may be another one than now."""
-    if _name(call).endswith("_as"):
-        return False  # by a tensor's shape
+    if call.has_trait(Trait.BY_SHAPE):
+        return False
     return any(isinstance(call.labels_of(node), Tensor) and _is_computed(node) for node in _amounts(call))
 
 
@@ -72,11 +63,6 @@ def _amounts(call: Call) -> set[fx.Node]:
     first = call.node.args[:1] or [call.node.kwargs.get(name) for name in _FIRST]
     fx.node.map_arg(first, moved.append)
     return set(call.node.all_input_nodes).difference(moved)
-
-
-def _name(call: Call) -> str:
-    target = type(call.module) if call.module is not None else call.node.target
-    return str(getattr(target, "__name__", target))
 
 
 def _is_computed(index: fx.Node) -> bool:
@@ -95,9 +81,9 @@ def _read_anywhere(call: Call, labels: Labels, dims: set[int] | None) -> Labels:
 
 def _dims_read(call: Call) -> set[int] | None:
     """The dimensions along which `call` reads at indices, if that is known."""
-    if _name(call) not in _ALONG:
+    if call.operation is None or call.operation.reads is None:
         return None
-    dim = call.argument(*_ALONG[_name(call)])
+    dim = call.argument(*call.operation.reads)
     return {dim % call.label(0).ndim} if isinstance(dim, int) else None
 
 
@@ -120,10 +106,10 @@ def _alike(call: Call, labels: Tensor, dims: set[int]) -> Labels:
     return _read_anywhere(call, labels, dims)
 
 
-def _joined_by_sizes(call: Call, source: Sequence[object], labels: Sequence[Labels]) -> Labels:
+def _joined_by_sizes(call: Call, source: Sequence[object], labels: Sequence[Labels], along: Along) -> Labels:
     """The labels of tensors that are joined; alike where sizes say which of them lies where."""
     tensors = [label for label in labels if isinstance(label, Tensor)]
-    dim = call.argument(1, "dim", _JOINING[_name(call)])
+    dim = call.argument(*along)
     if len(tensors) < len(labels) or not isinstance(dim, int):
         return labels
     dim %= call.out.ndim
@@ -153,29 +139,129 @@ def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
         return tree_map_only(Tensor, Tensor.long, target(*as_float, **kwargs))
 
 
-rule(
-    torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim,
-    torch.moveaxis, torch.squeeze, torch.unsqueeze, torch.unflatten, torch.t, torch.adjoint, torch.ravel,
-    torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.select, torch.narrow,
-    torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack,
-    torch.roll, torch.flip, torch.rot90, torch.tile, torch.repeat_interleave, torch.broadcast_to,
-    torch.index_select, torch.gather, torch.tril, torch.triu, torch.diagonal,
-    torch.as_strided, torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, torch.clone, torch.detach,
-    torch.movedim, torch.atleast_2d, torch.take_along_dim,
-    F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold,
-    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold,
-    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
-    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d,
-    nn.CircularPad3d, nn.Identity,
-    "reshape", "view", "view_as", "reshape_as", "flatten", "permute", "transpose", "swapaxes", "swapdims", "movedim",
-    "moveaxis", "squeeze", "unsqueeze", "unflatten", "t", "adjoint", "ravel", "chunk", "split", "tensor_split",
-    "unbind", "select", "narrow", "roll", "flip", "tile", "repeat", "repeat_interleave", "expand", "expand_as",
-    "broadcast_to", "index_select", "gather", "tril", "triu", "diagonal", "as_strided", "contiguous", "clone",
-    "detach", "unfold", "take_along_dim", "squeeze_", "unsqueeze_",
-)(run_on_labels)  # fmt: skip
+# How extraction cuts ------------------------------------------------------------------------------------------------
 
 
-@rule(torch.broadcast_tensors, torch.meshgrid)
+def moved(removal: Removal, call: Call) -> bool:
+    """Run the operation on the indices of the elements, one dimension at a time."""
+    source = call.node.args[0] if call.node.args else call.node.kwargs.get("input")
+    dims, value = removal.dims(source), removal.env.get(source)  # type: ignore[arg-type]
+    if not isinstance(dims, Dims) or value is None or has_computed_indices(call):
+        return False
+    for other in call.node.all_input_nodes:
+        for indices in tree_leaves(removal.axes[other] if other is not source else None):
+            if isinstance(indices, Dims):
+                indices.keep()
+    outs = [d for d in tree_leaves(removal.axes[call.node]) if isinstance(d, Dims)]
+    if call.is_empty or any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(call.out)):
+        return False  # at other sizes there may be something
+    labels = run_on_labels if call.operation is None else call.operation.labels
+    sources: list[list[tuple[Axis, Tensor]]] = [[] for _ in outs]
+    for d, axis in enumerate(dims):
+        size = value.shape[d]
+        if size == 1:
+            continue
+        index = torch.arange(1, size + 1).view(-1, *(1,) * (value.ndim - 1 - d)).expand(value.shape)
+        found = tree_leaves(labels(replace(call, labels_of=lambda _, index=index: index)))  # type: ignore[misc]
+        for out, pairs, leaf in zip(outs, sources, found, strict=True):
+            if leaf.shape != torch.Size(a.kept.numel() for a in out):
+                return False
+            pairs.append((axis, _settled(leaf)))
+    for out, pairs in zip(outs, sources, strict=True):
+        removal.relations += _changed_places(pairs, out)
+    return True
+
+
+def _changed_places(sources: list[tuple[Axis, Tensor]], out: Dims) -> list[Moved]:
+    """Join axes that only changed places; relate the others, those together that meet along a dimension."""
+    rest: list[tuple[set[int], list[tuple[Axis, Tensor]]]] = []
+    for axis, index in sources:
+        varying = {d for d, size in enumerate(index.shape) if size > 1}
+        if not varying:
+            axis.keep(torch.arange(1, axis.kept.numel() + 1) == index.flatten())
+        elif len(varying) == 1 and torch.equal(index.flatten(), torch.arange(1, axis.kept.numel() + 1)):
+            axis.join(out[varying.pop()])
+        else:
+            meeting = [r for r in rest if r[0] & varying]
+            rest = [r for r in rest if not r[0] & varying]
+            members = [pair for _, pairs in meeting for pair in pairs]
+            rest.append((varying.union(*(r[0] for r in meeting)), [*members, (axis, index)]))
+    return [Moved(members, out) for _, members in rest]
+
+
+def _settled(index: Tensor) -> Tensor:
+    """`index` with every dimension along which it is constant, but for zeros, reduced to size 1."""
+    index = compact(index)
+    for d, size in enumerate(index.shape):
+        if size > 1 and bool((index == 0).any()):
+            high = index.amax(d, keepdim=True)
+            if bool(((index == high) | (index == 0)).all()):
+                index = high
+    return index
+
+
+def concatenated(removal: Removal, call: Call) -> bool:
+    """Each part lies in its place along one dimension; the other dimensions are the same."""
+    parts = [removal.dims(n) for n in call.given(0, "tensors")]
+    out, dim = removal.axes[call.node], call.argument(1, "dim", 0)
+    if any(not isinstance(p, Dims) or len(p) != len(out) for p in parts) or not isinstance(dim, int):
+        return False
+    dim, start = dim % len(out), 0
+    for part in parts:
+        size = part[dim].kept.numel()
+        index = torch.zeros(out[dim].kept.numel(), dtype=torch.int64)
+        index[start : start + size] = torch.arange(1, size + 1)
+        if size:
+            removal.relations.append(Moved([(part[dim], index)], Dims([out[dim]])))
+        start += size
+        removal.elementwise([Dims(a for d, a in enumerate(dims) if d != dim) for dims in (part, out)])
+    return True
+
+
+# The movements -------------------------------------------------------------------------------------------------------
+
+
+def _moving(*targets: Any, traits: set[Trait] = _MOVES, **known: Any) -> None:
+    op(*targets, traits=traits, **{"cut": moved, **known})(run_on_labels)
+
+
+_moving(torch.reshape, "reshape", "view", traits=_IN_ORDER, resize=resize.to_sizes)
+_moving(torch.unflatten, "unflatten", traits=_IN_ORDER, resize=resize.unflattened)
+_moving(torch.broadcast_to, "expand", "broadcast_to", traits=_IN_ORDER, resize=resize.spread)
+_moving("view_as", "reshape_as", "expand_as", traits={*_IN_ORDER, Trait.BY_SHAPE})
+_moving(
+    torch.flatten, torch.ravel, torch.permute, torch.transpose, torch.swapaxes, torch.swapdims, torch.movedim,
+    torch.moveaxis, torch.t, torch.adjoint, torch.squeeze, torch.unsqueeze, torch.atleast_2d, torch.tile,
+    torch.repeat_interleave, torch.clone, torch.detach, torch.stack, nn.Flatten, nn.Unflatten, nn.Identity,
+    "flatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint",
+    "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "tile", "repeat", "repeat_interleave", "contiguous", "clone",
+    "detach",
+    traits=_IN_ORDER,
+)  # fmt: skip
+_moving(
+    torch.chunk, torch.split, torch.tensor_split, torch.split_with_sizes, "chunk", "split", "tensor_split",
+    "split_with_sizes",
+    reads=Along(2, "dim", 0), resize=resize.pieces,
+)  # fmt: skip
+_moving(torch.unbind, "unbind", reads=Along(1, "dim", 0))
+_moving(torch.select, "select", reads=Along(1, "dim"), resize=resize.selected)
+_moving(torch.narrow, "narrow", reads=Along(1, "dim"), resize=resize.narrowed)
+_moving(torch.index_select, torch.gather, "index_select", "gather", reads=Along(1, "dim"))
+_moving(torch.take_along_dim, "take_along_dim", reads=Along(2, "dim"))
+_moving(torch.roll, "roll", reads=Along(2, "dims"))
+_moving(
+    torch.flip, torch.rot90, torch.tril, torch.triu, torch.diagonal, torch.as_strided, F.unfold, nn.Unfold,
+    torch.channel_shuffle, torch.pixel_shuffle, torch.pixel_unshuffle, nn.PixelShuffle, nn.PixelUnshuffle,
+    nn.ChannelShuffle, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d,
+    nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+    "flip", "tril", "triu", "diagonal", "as_strided", "unfold",
+)  # fmt: skip
+_moving(torch.cat, torch.concat, torch.concatenate, joins=Along(1, "dim", 0), cut=concatenated)
+_moving(torch.hstack, joins=Along(1, "dim", 1))
+_moving(torch.vstack, joins=Along(1, "dim", 0))
+
+
+@op(torch.broadcast_tensors, torch.meshgrid, traits={Trait.MOVES, Trait.KEEPS_ORDER})
 def run_on_all_labels(call: Call) -> Labels:
     """The same for operations that move several tensors at once."""
     return _run(call, tuple(call.labels_of(arg) for arg in call.node.args), call.kwargs)
@@ -219,7 +305,7 @@ def found_to_move(call: Call) -> Labels:
     return run_on_labels(call)
 
 
-@rule(operator.getitem)
+@op(operator.getitem, traits=_MOVES, cut=moved, resize=resize.indexed)
 def item(call: Call) -> Labels:
     """An element of a container, or an indexed tensor."""
     labels = call.label(0)
@@ -260,7 +346,7 @@ def _dims_of_keys(call: Call, ndim: int) -> tuple[set[int], set[int]]:
     return computed, by_sizes
 
 
-@rule(getattr)
+@op(getattr, traits={Trait.MOVES}, cut=moved)
 def attribute(call: Call) -> Labels:
     """``x.T`` and ``x.mT`` move data; other attributes (shape, device, …) carry no labels."""
     labels = call.label(0)
@@ -270,7 +356,10 @@ def attribute(call: Call) -> Labels:
     return call.all_on()
 
 
-@rule(F.pad, torch._C._nn.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+@op(
+    F.pad, torch._C._nn.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    traits={Trait.MOVES}, cut=moved, resize=resize.padded,
+)  # fmt: skip
 def pad(call: Call) -> Labels:
     """Padding moves data; what a constant pads with is on unless it is zero."""
     module: Any = call.module
@@ -301,16 +390,25 @@ def _padded_by_sizes(call: Call, padding: Sequence[int], mode: str) -> Labels:
     return _alike(call, labels, call.free.dims(call.given(0, "input")) & cropped)
 
 
-@rule("to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu")
+@op("to", "float", traits={Trait.ELEMENTWISE, Trait.AFTER_HEADS}, cut=alike)
+@op("double", "half", "bfloat16", "type", "type_as", "cuda", "cpu", traits={Trait.ELEMENTWISE}, cut=alike)
 def cast(call: Call) -> Labels:
     """Casts and moves between devices."""
     return call.label(0)
 
 
-@rule(
-    torch.zeros, torch.zeros_like, torch.empty, torch.empty_like, "new_zeros", "new_empty", "zero_",
-)  # fmt: skip
+@op(torch.zeros, resize=resize.in_aten_by_sizes, traits={Trait.FACTORY})
+@op("new_zeros", traits={Trait.FACTORY})
+@op(torch.zeros_like, "zero_", traits={Trait.ELEMENTWISE}, cut=alike)
 def zeros(call: Call) -> Labels:
-    """Fresh zeros. Uninitialised memory is the network's own business."""
-    is_zero = "zero" in str(getattr(call.node.target, "__name__", call.node.target))
-    return constant_labels(call.out, ZERO) if is_zero else call.all_on()
+    """Fresh zeros."""
+    return constant_labels(call.out, ZERO)
+
+
+@op(torch.empty, torch.ones, torch.rand, torch.randn, resize=resize.in_aten_by_sizes, traits={Trait.FACTORY})
+@op(torch.arange, torch.eye, torch.full, torch.linspace, resize=resize.in_aten, traits={Trait.FACTORY})
+@op("new_empty", traits={Trait.FACTORY})
+@op(torch.empty_like, traits={Trait.ELEMENTWISE}, cut=alike)
+def made(call: Call) -> Labels:
+    """Fresh tensors of other numbers. Uninitialised memory is the network's own business."""
+    return call.all_on()

@@ -4,47 +4,79 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hatify.labels import ON, compact, compact_pair, is_leaf, varying_dims
-from hatify.rules.registry import Call, Labels, rule
+from hatify.ops.registry import Call, Labels, Trait, alike, like_input, op
+
+_PLAIN = {Trait.ELEMENTWISE}
+_AFTER_HEADS = {Trait.ELEMENTWISE, Trait.AFTER_HEADS}
 
 
-@rule(
-    torch.relu, torch.tanh, torch.sin, torch.tan, torch.asin, torch.atan, torch.sinh, torch.neg, torch.abs, torch.sign,
-    torch.square, torch.sqrt, torch.erf, torch.expm1, torch.log1p, torch.round, torch.trunc, torch.real, torch.dropout,
-    torch.nan_to_num, torch.relu_, torch.hardshrink,
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish,
-    F.hardswish, F.tanh, F.tanhshrink, F.softshrink, F.hardshrink, F.softsign, F.rrelu,
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-    nn.Hardtanh, nn.Tanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Softsign, nn.RReLU,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.LocalResponseNorm,
-    F.normalize, F.local_response_norm,
-    operator.neg, operator.abs, operator.pos,
-    "relu", "relu_", "tanh", "tanh_", "sin", "neg", "abs", "sign", "square", "sqrt", "erf", "expm1", "log1p",
-    "round", "trunc", "nan_to_num", "requires_grad_",
+def first(node: fx.Node) -> tuple[Any, ...]:
+    """The first operand."""
+    return node.args[:1] or (node.kwargs.get("input"),)
+
+
+def second(node: fx.Node) -> tuple[Any, ...]:
+    """The second operand, a divisor."""
+    return node.args[1:2] or (node.kwargs.get("other"),)
+
+
+def both(node: fx.Node) -> tuple[Any, ...]:
+    """Either operand."""
+    return tuple(node.all_input_nodes)
+
+
+def base(node: fx.Node) -> tuple[Any, ...]:
+    """What is raised to a power, unless that is a number above one, or zero."""
+    exponent = node.args[1] if len(node.args) > 1 else 1
+    harmless = isinstance(exponent, (int, float)) and (exponent >= 1 or exponent == 0)
+    return () if harmless else node.args[:1]
+
+
+@op(
+    torch.relu, torch.relu_, torch.tanh, torch.dropout, F.relu, F.tanh, F.dropout, "relu", "relu_", "tanh",
+    "tanh_",
+    traits=_AFTER_HEADS, cut=alike,
 )  # fmt: skip
+@op(
+    torch.sin, torch.tan, torch.asin, torch.atan, torch.sinh, torch.neg, torch.abs, torch.sign, torch.square, torch.erf,
+    torch.expm1, torch.log1p, torch.round, torch.trunc, torch.real, torch.nan_to_num, torch.hardshrink,
+    F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish,
+    F.tanhshrink, F.softshrink, F.softsign, F.rrelu, F.dropout1d, F.dropout2d, F.dropout3d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh,
+    nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Softsign, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
+    nn.Dropout3d, operator.neg, operator.abs, operator.pos,
+    "sin", "neg", "abs", "sign", "square", "erf", "expm1", "log1p", "round", "trunc", "nan_to_num", "requires_grad_",
+    traits=_PLAIN, cut=alike,
+)  # fmt: skip
+@op(torch.sqrt, "sqrt", traits=_PLAIN, cut=alike, singular=first)
+@op(F.normalize, traits=_AFTER_HEADS)
+@op(F.local_response_norm, nn.LocalResponseNorm, traits=_PLAIN)
 def zero_preserving(call: Call) -> Labels:
     """f(0) = 0 elementwise: the support stays as it is. (Normalising to unit length is of this kind too.)"""
     return call.label(0)
 
 
-@rule(
-    torch.sigmoid, torch.exp, torch.cos, torch.cosh, torch.acos, torch.exp2, torch.erfc,
-    F.alpha_dropout, F.feature_alpha_dropout, F.sigmoid, F.hardsigmoid, F.softplus, F.logsigmoid, F.threshold,
-    nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    "sigmoid", "sigmoid_", "exp", "cos", "cosh",
+@op(torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_", traits=_AFTER_HEADS, cut=alike)
+@op(
+    torch.exp, torch.cos, torch.cosh, torch.acos, torch.exp2, torch.erfc, F.alpha_dropout, F.feature_alpha_dropout,
+    F.hardsigmoid, F.softplus, F.logsigmoid, F.threshold, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid,
+    nn.Threshold, nn.AlphaDropout, nn.FeatureAlphaDropout, "exp", "cos", "cosh",
+    traits=_PLAIN, cut=alike,
 )  # fmt: skip
 def bounded_at_zero(call: Call) -> Labels:
     """f(0) is finite but not zero: a mask behind it makes an off feature zero again."""
     return call.mask(call.label(0))
 
 
-@rule(torch.clamp, torch.clip, "clamp", "clamp_", "clip", nn.Hardtanh, F.hardtanh, F.hardtanh_)
+@op(torch.clamp, "clamp", "clamp_", traits=_AFTER_HEADS, cut=alike)
+@op(torch.clip, "clip", nn.Hardtanh, F.hardtanh, F.hardtanh_, traits=_PLAIN, cut=alike)
 def clamp(call: Call) -> Labels:
     """Clamping keeps zero if zero lies within the bounds."""
     if call.module is not None:
@@ -58,7 +90,7 @@ def clamp(call: Call) -> Labels:
     return call.label(0) if within else call.mask(call.label(0))
 
 
-@rule(operator.pow, torch.pow, "pow", "pow_")
+@op(operator.pow, torch.pow, "pow", "pow_", traits=_PLAIN, cut=alike, singular=base)
 def power(call: Call) -> Labels:
     """x ** p keeps zero for constant p > 0; a mask behind other powers keeps 1 or ∞ from features that are off."""
     exponent = call.given(1, "exponent")
@@ -68,7 +100,8 @@ def power(call: Call) -> Labels:
     return call.mask(labels) if isinstance(labels, Tensor) and isinstance(call.out, Tensor) else call.all_on()
 
 
-@rule(operator.truediv, torch.div, torch.true_divide, "div", "div_", "true_divide", operator.floordiv)
+@op(operator.truediv, torch.div, "div", "div_", traits=_AFTER_HEADS, cut=alike, singular=second)
+@op(torch.true_divide, "true_divide", operator.floordiv, traits=_PLAIN, cut=alike, singular=second)
 def divide(call: Call) -> Labels:
     """x / y is zero where x is. The result of number / tensor is on.
 
@@ -82,9 +115,11 @@ def divide(call: Call) -> Labels:
     return call.mask(labels, zero_stays=True, needed=True) if quotient else labels
 
 
-@rule(
-    operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, torch.subtract,
-    "add", "add_", "sub", "sub_", torch.maximum, torch.minimum, torch.rsub,
+@op(operator.add, torch.add, "add", "add_", traits=_AFTER_HEADS, cut=alike)
+@op(
+    operator.iadd, operator.sub, operator.isub, torch.sub, torch.subtract, torch.rsub, torch.maximum, torch.minimum,
+    "sub", "sub_",
+    traits=_PLAIN, cut=alike,
 )  # fmt: skip
 def add(call: Call) -> Labels:
     """A sum may be non-zero where either term may. Features that are added share a mask.
@@ -113,7 +148,8 @@ def add(call: Call) -> Labels:
     return call.mask(torch.where(filled & is_leaf(featured), featured, result).expand(shape), zero_stays=True)
 
 
-@rule(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+@op(operator.mul, torch.mul, "mul", "mul_", traits=_AFTER_HEADS, cut=alike)
+@op(operator.imul, torch.multiply, "multiply", traits=_PLAIN, cut=alike)
 def multiply(call: Call) -> Labels:
     """A product may be non-zero only where both factors may. Features that are multiplied share a mask."""
     if not isinstance(call.out, Tensor):
@@ -126,7 +162,7 @@ def multiply(call: Call) -> Labels:
     return call.space.both(a, b)
 
 
-@rule(torch.where, "where")
+@op(torch.where, "where", traits=_PLAIN, cut=alike)
 def where(call: Call) -> Labels:
     """Either branch."""
     chosen = (0, "self") if call.node.op == "call_method" else (1, "input")
@@ -134,18 +170,33 @@ def where(call: Call) -> Labels:
     return call.space.either(a, b)
 
 
-@rule(torch.masked_fill, "masked_fill", "masked_fill_")
+@op(torch.masked_fill, "masked_fill", "masked_fill_", traits=_PLAIN, cut=alike)
 def masked_fill(call: Call) -> Labels:
     """Filling with zero keeps the support; with anything else, everything may be on."""
     value = call.given(2, "value")
     return call.label(0).expand(call.out.shape) if isinstance(value, (int, float)) and value == 0 else call.all_on()
 
 
-@rule(torch.lerp, torch.addcmul, torch.addcdiv, "lerp", "addcmul", "addcdiv")
+@op(torch.lerp, torch.addcmul, "lerp", "addcmul", traits=_PLAIN, cut=alike)
+@op(
+    torch.addcdiv, "addcdiv",
+    traits=_PLAIN, cut=alike, singular=lambda node: node.args[2:3] or (node.kwargs.get("tensor2"),),
+)  # fmt: skip
 def blend(call: Call) -> Labels:
     """Sums of products, taken as sums."""
     tensors = [n for n in call.node.all_input_nodes if isinstance(call.labels_of(n), Tensor)]
     return reduce(call.space.either, (_expanded(call.labels_of(n), call.out) for n in tensors))
+
+
+op(
+    torch.log, torch.log2, torch.log10, torch.rsqrt, torch.reciprocal, torch.logit, torch.lgamma, torch.digamma,
+    torch.special.logit, torch.special.entr, torch.special.gammaln, torch.special.digamma, "log", "log2", "log10",
+    "rsqrt", "reciprocal", "logit", "lgamma", "digamma",
+    singular=first,
+)(like_input)  # fmt: skip
+op(torch.remainder, torch.fmod, "remainder", "fmod", singular=second)(like_input)
+op(torch.hypot, torch.xlogy, torch.special.xlogy, F.kl_div, "hypot", "xlogy", singular=both)(like_input)
+op(torch.float_power, "float_power", singular=base)(like_input)
 
 
 def _expanded(labels: Labels, out: Tensor) -> Tensor:

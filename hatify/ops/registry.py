@@ -1,20 +1,22 @@
-"""The registry of operation rules: how support labels pass through each kind of node.
+"""The registry of operations: all that is known of each, in one record.
 
-A rule is a function from a `Call` to the labels of the call's output. Register it with the functions, tensor method
-names and module types it is for::
+A record says how support labels pass through an operation (a function from a `Call` to the labels of the output), what
+kind of operation it is (its `Trait`\\ s), and how it does without features that a task has off. Register it with the
+functions, tensor method names and module types it is for::
 
-    @rule(torch.relu, F.relu, "relu", nn.ReLU)
+    @op(torch.relu, F.relu, "relu", nn.ReLU, traits={Trait.ELEMENTWISE}, cut=alike)
     def zero_preserving(call):
         return call.label(0)
 
-Rules may be conservative but never optimistic: `ON` is always a correct answer.
+Labels may be conservative but never optimistic: `ON` is always a correct answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,22 +25,127 @@ from torch.utils._pytree import tree_leaves
 from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
 
+if TYPE_CHECKING:
+    from hatify.ops.resize import Resizing
+    from hatify.removal import Removal
+
 #: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
 Labels = Any
 Rule = Callable[["Call"], Labels]
+#: Relates the axes around a call, so that what is taken out of one is taken out of the others; False: none may go.
+Cut = Callable[["Removal", "Call"], bool]
+#: Target and arguments of a call in a network that has lost indices, from those it would have otherwise.
+Resize = Callable[["Resizing"], "Rewritten"]
+Rewritten = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
-RULES: dict[Any, Rule] = {}
+
+class Trait(Enum):
+    """What kind of operation it is."""
+
+    #: An element of the output is made of those of the operands at the same place (and perhaps of statistics).
+    ELEMENTWISE = auto()
+    #: Elements of the output are elements of the input, at other places, or something constant beside them.
+    MOVES = auto()
+    #: Moves, but leaves everything in its order, whatever sizes it is given.
+    KEEPS_ORDER = auto()
+    #: Moves by the shape of another operand, not by its values.
+    BY_SHAPE = auto()
+    #: An element of the output is a statistic of many of the input.
+    STATISTIC = auto()
+    #: May come between an output layer and the output: makes no features that another layer would read.
+    AFTER_HEADS = auto()
+    #: A layer with weights, written as a function.
+    WEIGHTED = auto()
+    #: Makes a tensor from sizes.
+    FACTORY = auto()
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for functions, tensor method names (strings) and module types (exactly these types)."""
+class Along(NamedTuple):
+    """The argument that says along which dimension an operation reads, or joins."""
 
-    def register(function: Rule) -> Rule:
+    position: int
+    name: str
+    default: int | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """All that is known of an operation.
+
+    Attributes:
+        labels: how support labels pass through it.
+        traits: what kind of operation it is.
+        cut: how the axes around it belong together; None: it needs everything.
+        resize: how its arguments change where sizes and positions have; None: not at all.
+        singular: its operands, given its node, at which it is infinite, or infinitely steep, at zero.
+        reads: of a movement, the dimension along which it reads; None: any.
+        joins: of a movement that joins tensors, the dimension along which it does.
+    """
+
+    labels: Rule
+    traits: frozenset[Trait] = frozenset()
+    cut: Cut | None = None
+    resize: Resize | None = None
+    singular: Callable[[fx.Node], Iterable[Any]] | None = None
+    reads: Along | None = None
+    joins: Along | None = None
+
+
+#: Every operation that is known, by function, method name or module type.
+OPERATIONS: dict[Any, Operation] = {}
+
+
+def op(
+    *targets: Any,
+    traits: Iterable[Trait] = (),
+    cut: Cut | None = None,
+    resize: Resize | None = None,
+    singular: Callable[[fx.Node], Iterable[Any]] | None = None,
+    reads: Along | None = None,
+    joins: Along | None = None,
+) -> Callable[[Rule], Rule]:
+    """Register what is known of functions, tensor methods (by name) and modules (of exactly these types).
+
+    The function below it says how support labels pass through; for the arguments, see `Operation`. A function or module
+    that is registered is called as a whole in the graph, not traced through.
+
+    Raises:
+        ValueError: a target is registered already, or is none: names the target.
+    """
+
+    def register(labels: Rule) -> Rule:
+        record = Operation(labels, frozenset(traits), cut, resize, singular, reads, joins)
         for target in targets:
-            RULES[target] = function
-        return function
+            _check_target(target)
+            OPERATIONS[target] = record
+        return labels
 
     return register
+
+
+def _check_target(target: Any) -> None:
+    method = isinstance(target, str)
+    if method and not hasattr(Tensor, target):
+        raise ValueError(f"{target!r} is no method of torch.Tensor")
+    if not method and not callable(target):
+        raise ValueError(f"{target!r} is no function, method name or type of modules")
+    if isinstance(target, type) and not issubclass(target, nn.Module):
+        raise ValueError(f"{target.__name__} is no type of modules")
+    if target in OPERATIONS:
+        raise ValueError(f"{getattr(target, '__name__', target)!r} is registered already")
+
+
+def operation_of(node: fx.Node, module: nn.Module | None = None) -> Operation | None:
+    """What is known of the operation at `node`, which calls `module` or is no call of a module."""
+    if node.op == "call_module":
+        return None if module is None else OPERATIONS.get(type(module))
+    return OPERATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def has_trait(node: fx.Node, *traits: Trait) -> bool:
+    """Whether `node` calls a function or method with any of these traits."""
+    known = operation_of(node)
+    return known is not None and not known.traits.isdisjoint(traits)
 
 
 class Masked(NamedTuple):
@@ -112,6 +219,12 @@ class Call:
     unsure: bool = False
     #: Whether the inputs are smaller than the example's.
     shrunk: bool = False
+    #: What is known of the operation.
+    operation: Operation | None = None
+
+    def has_trait(self, trait: Trait) -> bool:
+        """Whether the operation is known to be of this kind."""
+        return self.operation is not None and trait in self.operation.traits
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """The value of an argument, by position or name."""
@@ -234,3 +347,24 @@ def constant_labels(value: Any, label: int) -> Labels:
 def scalar_label(value: Any) -> Tensor:
     """The label of a Python number: zero or not."""
     return torch.tensor(ZERO if value == 0 else ON)
+
+
+def alike(removal: Removal, call: Call) -> bool:
+    """An elementwise operation: the axes of its operands and of its output are the same."""
+    return removal.elementwise([removal.axes[call.node], *(removal.dims(n) for n in call.node.all_input_nodes)])
+
+
+def like_input(call: Call) -> Labels:
+    """An operation without a rule whose output has the features of its input where they were: mask them again."""
+    labels = call.label(0, next(iter(call.node.kwargs), "input"))
+    if not isinstance(call.out, Tensor) or not isinstance(labels, Tensor) or labels.ndim != call.out.ndim:
+        return call.all_on()
+    dims = varying_dims(labels)
+    kept = tuple(d for d in dims if labels.shape[d] == call.out.shape[d])
+    if len(kept) == 1 < len(dims):
+        # Positions have become others, as where a table of them is resampled.
+        labels, dims = call.space.merge(labels, set(dims) - set(kept)), kept
+    if len(dims) != 1 or not kept:
+        return call.all_on()
+    vector = labels[tuple(slice(None) if d in dims else slice(1) for d in range(labels.ndim))]
+    return call.mask(vector.expand(call.out.shape))

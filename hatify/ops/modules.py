@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from hatify.labels import varying_dims
 from hatify.nn.layers import family_of
 from hatify.nn.norms import FEATURE_DIMS
+from hatify.ops.reduction import read_along
+from hatify.ops.registry import Call, Labels, like_input
 from hatify.policy import Policy
-from hatify.rules.reduction import read_along
-from hatify.rules.registry import Call, Labels
 
 #: Modules that mix the features of their input.
 MIXERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, nn.Transformer, nn.TransformerEncoder,
@@ -64,19 +64,3 @@ def weighted(call: Call, policy: Policy) -> Labels:
         call.space.meet(written, read.repeat_interleave(features // groups))
     call.findings.fold.setdefault(path, layer.weight.numel() < USUAL_BATCH * call.out[:1].numel())
     return call.mask_own(written, written_dim)
-
-
-def like_input(call: Call) -> Labels:
-    """An operation without a rule whose output has the features of its input where they were: mask them again."""
-    labels = call.label(0, next(iter(call.node.kwargs), "input"))
-    if not isinstance(call.out, Tensor) or not isinstance(labels, Tensor) or labels.ndim != call.out.ndim:
-        return call.all_on()
-    dims = varying_dims(labels)
-    kept = tuple(d for d in dims if labels.shape[d] == call.out.shape[d])
-    if len(kept) == 1 < len(dims):
-        # Positions have become others, as where a table of them is resampled.
-        labels, dims = call.space.merge(labels, set(dims) - set(kept)), kept
-    if len(dims) != 1 or not kept:
-        return call.all_on()
-    vector = labels[tuple(slice(None) if d in dims else slice(1) for d in range(labels.ndim))]
-    return call.mask(vector.expand(call.out.shape))

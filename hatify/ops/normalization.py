@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hatify.rules.registry import Call, Labels, rule, sources
+from hatify.ops.registry import Call, Labels, op, sources
 
 #: Positions of (weight, bias, running buffers) in each function's signature, and whether features lie along dim 1.
 _SIGNATURES = {
@@ -23,7 +23,7 @@ _SIGNATURES = {
 }
 
 
-@rule(*_SIGNATURES)
+@op(*_SIGNATURES)
 def functional_norm(call: Call) -> Labels:
     """The features stay where they are; weight and bias share their masks; running statistics move in training."""
     weight, bias, buffers, channels_first = _SIGNATURES[call.node.target]  # type: ignore[index]

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hatify.answers import asks
+from hatify.axes import Dims
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
-from hatify.rules.reduction import read_along
-from hatify.rules.registry import Call, Labels, rule, sources
+from hatify.ops import resize
+from hatify.ops.reduction import read_along
+from hatify.ops.registry import Call, Labels, Trait, has_trait, op, sources
+
+if TYPE_CHECKING:
+    from hatify.removal import Removal
+
+#: Names for the dimensions of a batch.
+LETTERS = "abcdefghijkl"
 
 
-@rule(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
+def product(removal: Removal, call: Call) -> bool:
+    """(… M K) @ (… K N)."""
+    a, b = call.given(0, "input"), call.given(1, "mat2" if call.given(1, "other") is None else "other")
+    ndims = [len(removal.dims(n)) for n in (a, b)]
+    if min(ndims) < 2:
+        return False
+    batch = LETTERS[: max(ndims) - 2]
+    first, second = (batch[max(ndims) - n :] for n in ndims)
+    return removal.contraction([(a, first + "XY"), (b, second + "YZ")], batch + "XZ", call)
+
+
+@op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__", cut=product)
 def matmul(call: Call) -> Labels:
     """(… M K) @ (… K N): a column is non-zero only where the second operand's column is, a row only where the
     first's row is. Features contracted with each other (queries and keys) are coupled.
@@ -61,7 +80,7 @@ def _agreed(b: Tensor) -> Tensor:
     return torch.where((highest == lowest) | (b == ZERO).all(-2, keepdim=True), highest, ON)
 
 
-@rule(F.fold, nn.Fold)
+@op(F.fold, nn.Fold)
 def fold(call: Call) -> Labels:
     """Overlapping patches of a channel are summed: (B, C · k², L) to (B, C, H, W)."""
     labels: Tensor = call.label(0)
@@ -69,7 +88,22 @@ def fold(call: Call) -> Labels:
     return call.space.merge(patches, (-2, -1)).expand(call.out.shape)
 
 
-@rule(F.scaled_dot_product_attention)
+def attended(removal: Removal, call: Call) -> bool:
+    """softmax(q kᵀ + mask) v: every key is needed."""
+    q, k, v, mask = (call.given(i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
+    ndims = {len(removal.dims(n)) for n in (q, k, v)}
+    if call.kwargs.get("enable_gqa") or len(ndims) > 1:
+        return False
+    batch = LETTERS[: ndims.pop() - 2]
+    removal.dims(k)[-2].keep()
+    if isinstance(mask, fx.Node):
+        removal.elementwise([removal.dims(mask), Dims([*removal.dims(q)[:-1], removal.dims(k)[-2]])])
+    return removal.contraction([(q, batch + "XY"), (k, batch + "JY")], batch + "XZ", call) and removal.contraction(
+        [(v, batch + "JZ")], batch + "XZ", call
+    )
+
+
+@op(F.scaled_dot_product_attention, cut=attended, resize=resize.scaled_as_before)
 def attention(call: Call) -> Labels:
     """softmax(q kᵀ) v: an output feature is non-zero only where that feature of v is; q and k are coupled."""
     q, k, v = (call.label(i, name) for i, name in enumerate(("query", "key", "value")))
@@ -81,7 +115,18 @@ def attention(call: Call) -> Labels:
     return v[..., :1, :].expand(call.out.shape)
 
 
-@rule(torch.einsum, torch.functional.einsum)
+def by_equation(removal: Removal, call: Call) -> bool:
+    """One letter for each axis."""
+    equation, *operands = call.node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return False
+    inputs, out = equation.replace(" ", "").split("->")
+    return removal.contraction(list(zip(operands, inputs.split(","), strict=True)), out, call)
+
+
+@op(torch.einsum, cut=by_equation)
 def einsum(call: Call) -> Labels:
     """Two operands: as `matmul`; an output is non-zero only where the operand that holds its index may be."""
     equation, *operands = call.node.args
@@ -120,10 +165,7 @@ def _meet_along(call: Call, names: list[str], labels: list[Tensor], contracted: 
     call.space.meet(*aligned)
 
 
-#: Weighted layers written as functions.
-FUNCTIONAL_LAYERS = (
-    F.linear, torch._C._nn.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
-)  # fmt: skip
+# Layers written as functions -----------------------------------------------------------------------------------------
 
 
 def weight_of(layer: fx.Node) -> Any:
@@ -133,26 +175,43 @@ def weight_of(layer: fx.Node) -> Any:
 
 def groups_of(layer: fx.Node) -> Any:
     """The number of groups of a layer written as a function."""
-    if "conv" not in str(layer.target):
-        return 1
     return layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
 
 
 def is_only_a_weight(parameter: fx.Node) -> bool:
     """Whether nothing but layers written as functions reads a parameter here: its entries need no labels."""
     return all(
-        asks(user) or (user.target in FUNCTIONAL_LAYERS and weight_of(user) is parameter and groups_of(user) == 1)
+        asks(user) or (has_trait(user, Trait.WEIGHTED) and weight_of(user) is parameter and groups_of(user) == 1)
         for user in parameter.users
     )
 
 
-@rule(*FUNCTIONAL_LAYERS)
+def layer_like(removal: Removal, call: Call) -> bool:
+    """As a layer: the weight's rows go with the output's features, its columns with the input's."""
+    x, weight, bias = (call.given(i, name) for i, name in enumerate(("input", "weight", "bias")))
+    if groups_of(call.node) != 1:
+        return False
+    out, read, written = removal.axes[call.node], removal.dims(x), removal.dims(weight)
+    spatial = len(written) - 2
+    for axis in (*written[2:], *(a for dims in (read, out) for a in dims[len(dims) - spatial :])):
+        axis.keep()
+    if isinstance(bias, fx.Node):
+        removal.dims(bias)[0].join(written[0])
+    batch = LETTERS[: len(out) - spatial - 1]
+    positions, edges, taps = ("".join(chr(ord(c) + d) for d in range(spatial)) for c in "mru")
+    return removal.contraction([(x, batch + "X" + positions), (weight, "ZX" + taps)], batch + "Z" + edges, call)
+
+
+@op(
+    F.linear, F.conv1d, F.conv2d, F.conv3d,
+    traits={Trait.WEIGHTED}, cut=layer_like,
+)  # fmt: skip
 def functional_layer(call: Call) -> Labels:
     """A layer written as a function. A weight read straight from a parameter is shared like a layer's own."""
     weight_node, bias_node = weight_of(call.node), call.given(2, "bias")
     direct = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
     source = str(weight_node.target) if direct else None
-    groups = call.argument(6, "groups", 1) if "conv" in str(call.node.target) else 1
+    groups = call.argument(6, "groups", 1)
     weight = call.argument(1, "weight")
     dim = -1 if weight.ndim == 2 else 1 - weight.ndim
     if source is None or groups != 1:

@@ -1,0 +1,205 @@
+"""How calls that mention sizes and positions are rewritten for values that have lost indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from hatify.axes import Axis, Dims
+from hatify.ops.registry import Rewritten, Trait, operation_of
+
+
+class CannotCut(Exception):
+    """A call cannot do without the indices that are to go."""
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """A call that is being rewritten: its arguments in the new graph, and the axes of its input and output."""
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    source: Any
+    out: Any
+
+
+def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[fx.Node, Any]) -> Rewritten:
+    """Target and arguments of `node` for what is kept of its input and output.
+
+    Args:
+        node: a call of a function or method.
+        args: its arguments in the new graph.
+        kwargs: the same.
+        axes: of every node.
+
+    Raises:
+        CannotCut: the call has no such form.
+    """
+    known, unchanged = operation_of(node), (node.target, args, kwargs)
+    if known is None or known.resize is None:
+        return unchanged
+    moved: Any = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node.kwargs.get("input")
+    source = axes.get(moved)
+    call = Resizing(node, args, kwargs, source, axes[node])
+    if Trait.FACTORY in known.traits:
+        return known.resize(call) if node.all_input_nodes else unchanged
+    dims = [d for d in tree_leaves((source, call.out)) if isinstance(d, Dims)]
+    if not isinstance(source, Dims) or not any(axis.cut for d in dims for axis in d):
+        return unchanged
+    return known.resize(call)
+
+
+def to_sizes(call: Resizing) -> Rewritten:
+    """``reshape``: sizes that were cut become others; one that depends on the input is left to torch."""
+    shape = _unpacked(call.args[1:] or (call.kwargs.get("shape", call.kwargs.get("size")),))
+    if len(shape) != len(call.out):
+        raise CannotCut  # one value holds all sizes, or another dtype
+    return call.node.target, (call.args[0], _sizes(shape, call.out)), {}
+
+
+def spread(call: Resizing) -> Rewritten:
+    """``expand``."""
+    sizes = zip(_unpacked(call.args[1:]), call.out, strict=True)
+    counts = [_count(axis) if axis.cut and size != -1 else size for size, axis in sizes]
+    return call.node.target, (call.args[0], counts), call.kwargs
+
+
+def unflattened(call: Resizing) -> Rewritten:
+    """``unflatten``."""
+    dim, sizes = call.args[1] % len(call.source), call.args[2]
+    found = _sizes(sizes, call.out[dim : dim + len(sizes)])
+    return call.node.target, (*call.args[:2], found), call.kwargs
+
+
+def pieces(call: Resizing) -> Rewritten:
+    """``split`` and ``chunk``: into pieces of as many as are kept."""
+    dim = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0)
+    if not isinstance(dim, int):
+        raise CannotCut
+    if not any(dims[dim].cut for dims in (call.source, *call.out)):
+        return call.node.target, call.args, call.kwargs
+    return torch.split, (call.args[0], [_count(part[dim]) for part in call.out], dim), {}
+
+
+def narrowed(call: Resizing) -> Rewritten:
+    """``narrow``."""
+    if len(call.args) != 4 or not call.source[call.args[1]].cut:
+        return call.node.target, call.args, call.kwargs
+    if not all(isinstance(a, int) for a in call.args[2:]):
+        raise CannotCut
+    kept, start, length = call.source[call.args[1]].kept, call.args[2], call.args[3]
+    found = int(kept[:start].sum()), int(kept[start : start + length].sum())
+    return call.node.target, (*call.args[:2], *found), call.kwargs
+
+
+def selected(call: Resizing) -> Rewritten:
+    """``select``."""
+    if len(call.args) != 3:
+        return call.node.target, call.args, call.kwargs
+    place = _position(call.args[2], call.source[call.args[1]])
+    return call.node.target, (*call.args[:2], place), call.kwargs
+
+
+def indexed(call: Resizing) -> Rewritten:
+    """``x[…]``."""
+    return call.node.target, (call.args[0], _index(call.args[1], call.source)), call.kwargs
+
+
+def padded(call: Resizing) -> Rewritten:
+    """``pad``."""
+    padding = call.args[1] if len(call.args) > 1 else call.kwargs["pad"]
+    rest = {name: value for name, value in call.kwargs.items() if name != "pad"}
+    return call.node.target, (call.args[0], _padding(padding, call.out), *call.args[2:]), rest
+
+
+def scaled_as_before(call: Resizing) -> Rewritten:
+    """Attention over fewer features divides by the root of as many as there were."""
+    return call.node.target, call.args, {"scale": call.source[-1].kept.numel() ** -0.5, **call.kwargs}
+
+
+def in_aten(call: Resizing) -> Rewritten:
+    """A function that makes a tensor from sizes: unpickling traces the code again, which only its twin can bear."""
+    return getattr(torch.ops.aten, call.node.target.__name__), call.args, call.kwargs  # type: ignore[union-attr]
+
+
+def in_aten_by_sizes(call: Resizing) -> Rewritten:
+    """Likewise, where sizes may be given one by one."""
+    target, args, kwargs = in_aten(call)
+    return target, ([*_unpacked(args)],), kwargs
+
+
+def _unpacked(sizes: tuple[Any, ...]) -> Sequence[Any]:
+    """Sizes that are given one by one, or together."""
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+def _count(axis: Axis) -> int:
+    return int(axis.kept.sum())
+
+
+def _sizes(sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[Any, ...]:
+    """Sizes with those that were cut replaced; one of them, if it depends on the input, is left to torch."""
+    result = [_resized(size, axis) if axis.cut else size for size, axis in zip(sizes, dims, strict=True)]
+    if sum(isinstance(size, int) and size == -1 for size in result) > 1:
+        raise CannotCut
+    return tuple(result)
+
+
+def _resized(size: Any, axis: Axis) -> int:
+    return -1 if isinstance(size, fx.Node) or size == -1 else _count(axis)
+
+
+def _position(index: Any, axis: Axis) -> Any:
+    """Where a kept index has moved."""
+    if not axis.cut:
+        return index
+    if not isinstance(index, int):
+        raise CannotCut
+    return int(axis.kept[: index % axis.kept.numel()].sum())
+
+
+def _index(index: Any, dims: Dims) -> Any:
+    items = list(index) if isinstance(index, tuple) else [index]
+    taken = sum(item is not None and item is not Ellipsis for item in items)
+    result: list[Any] = []
+    d = 0
+    for item in items:
+        if item is None:
+            result.append(item)
+        elif item is Ellipsis:
+            result.append(item)
+            d += len(dims) - taken
+        else:
+            result.append(_slice(item, dims[d]) if isinstance(item, slice) else _position(item, dims[d]))
+            d += 1
+    return tuple(result) if isinstance(index, tuple) else result[0]
+
+
+def _slice(piece: slice, axis: Axis) -> slice:
+    """The slice of the kept indices that holds those in `piece`."""
+    if not axis.cut or piece == slice(None):
+        return piece
+    if any(isinstance(end, fx.Node) for end in (piece.start, piece.stop, piece.step)):
+        raise CannotCut
+    positions = (axis.kept.cumsum(0) - 1)[piece][axis.kept[piece]].tolist()
+    step = positions[1] - positions[0] if len(positions) > 1 else 1
+    if positions != list(range(positions[0], positions[-1] + 1, step)):
+        raise CannotCut
+    return slice(positions[0], positions[-1] + 1, step)
+
+
+def _padding(padding: Sequence[Any], out: Dims) -> list[Any]:
+    """How much of the padding is kept."""
+    result = list(padding)
+    for j in range(len(padding) // 2):
+        axis, before, after = out[-1 - j], padding[2 * j], padding[2 * j + 1]
+        if axis.cut and isinstance(before, int) and isinstance(after, int):
+            result[2 * j] = int(axis.kept[:before].sum())
+            result[2 * j + 1] = int(axis.kept[axis.kept.numel() - after :].sum()) if after else 0
+    return result
