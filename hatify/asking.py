@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +82,19 @@ def arguments(model: HatModel, inputs: Arguments | Tensor | None) -> Arguments:
 
 @contextmanager
 def answering(model: HatModel, task: int) -> Iterator[None]:
-    """Within the context, `task` answers in evaluation mode; modes, buffers and random numbers are restored."""
-    with in_evaluation(model), torch.no_grad(), same_numbers(model), model.task(task), buffers_restored(model):
+    """Within the context, `task` answers in evaluation mode, without autocast around it.
+
+    Modes, buffers and random numbers are restored.
+    """
+    kind = model.task_state.scale.device.type
+    with (
+        torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext(),
+        in_evaluation(model),
+        torch.no_grad(),
+        same_numbers(model),
+        model.task(task),
+        buffers_restored(model),
+    ):
         yield
 
 

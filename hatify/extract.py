@@ -15,6 +15,7 @@ from hatify.errors import HatError, TaskError
 from hatify.examples import refusals_named
 from hatify.free import Free
 from hatify.model import HatModel
+from hatify.ops import Trait, has_trait
 from hatify.plain import Writer, plain_modules
 from hatify.removal import Removal, children_of
 from hatify.sizes import other_sizes
@@ -58,23 +59,23 @@ def extract_task(
         raise TaskError(f"task {task} is open for training: call end_task() first")
     if task not in model.finished_tasks:
         raise TaskError(f"task {task} is not finished: train it and call end_task() first")
+    model._put_right()
     inputs, device = arguments(model, example_inputs), model.task_state.scale.device
     with refusals_named(model, inputs), answering(model, task):
         values = positional(model.graph, _filling(model, inputs))
         modules = plain_modules(model, task)
         children = children_of(model if device.type == "cpu" else copy.deepcopy(model).cpu())
         frozen: set[fx.Node] = set()
-        sizes: tuple[list[Any], Free] | None = None
+        sizes, free = accepted_sizes(children, (model.graph,), inputs) if compact else ([inputs], Free())
         while True:
-            removal = Removal(children, model.graph, modules, frozen, compact).find(
+            removal = Removal(children, model.graph, modules, frozen, compact, free).find(
                 *tree_map_only(Tensor, Tensor.cpu, values)
             )
             writer = Writer(model, modules, removal, task)
             plain = writer.write()
             refused = writer.refused | _Twins(writer, plain).compare(*values)
-            if not refused and compact:
-                sizes = accepted_sizes(children, (model.graph,), inputs) if sizes is None else sizes
-                refused = _misplaced(writer, plain, *sizes)
+            if not refused and not _agree_at(sizes[1:], writer, plain):
+                refused = _misplaced(writer, free) - frozen or set(model.graph.nodes)
             if not refused:
                 return plain
             everything = set(model.graph.nodes)
@@ -150,24 +151,31 @@ class _Twins(fx.Interpreter):
         return value
 
 
-def _misplaced(writer: Writer, plain: fx.GraphModule, sizes: list[Any], free: Free) -> set[fx.Node]:
-    """The nodes that are cut along a dimension whose size is free, if `plain` is wrong at any of the other sizes."""
-    cut = {
-        node
-        for node, dims in writer.removal.axes.items()
-        if isinstance(dims, Dims) and any(d < len(dims) and dims[d].cut for d in free.dims(node))
-    }
+def _agree_at(sizes: list[Any], writer: Writer, plain: fx.GraphModule) -> bool:
+    """Whether `plain` answers as the model does at other sizes, too."""
     whole = fx.Interpreter(writer.children.module, graph=writer.model.graph)
-    for inputs in sizes[1:] if cut else ():
+    for inputs in sizes:
         values = positional(writer.model.graph, inputs)
         expected = tree_leaves(whole.run(*values))
         try:
             found = tree_leaves(plain(*values))
         except Exception:  # whatever an operation raises that cannot do without what was taken out
-            return cut
+            return False
         if any(isinstance(e, Tensor) and not _agree(f, e, []) for f, e in zip(found, expected, strict=True)):
-            return cut
-    return set()
+            return False
+    return True
+
+
+def _misplaced(writer: Writer, free: Free) -> set[fx.Node]:
+    """Nodes around which indices were taken out that may be others at other sizes.
+
+    Those that are cut along a dimension whose size is free; if there are none, all movements that are cut.
+    """
+    axes = writer.removal.axes
+    dims = {node: found for node, found in axes.items() if isinstance(found, Dims)}
+    sliding = {n for n, found in dims.items() if any(d < len(found) and found[d].cut for d in free.dims(n))}
+    cut = {node for node, found in dims.items() if any(axis.cut for axis in found)}
+    return sliding or {node for node in cut if has_trait(node, Trait.MOVES)}
 
 
 def _kept(value: Tensor, dims: Dims) -> Tensor:

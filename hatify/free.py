@@ -1,4 +1,8 @@
-"""What a network leaves free: the dimensions and numbers in its graphs that are other ones at other sizes of inputs."""
+"""What a network leaves free: the dimensions and numbers in its graphs that are other ones at other sizes of inputs.
+
+What is concluded holds for sizes that were seen to be free, and for the example's where none was: those are checked at
+every call, since an input of another size might find what was concluded wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from hatify.answers import asks
+from hatify.errors import HatError
+
+#: Of each tensor in an input: the (dimension, size) that are fixed; dimensions count from the last, -1.
+FixedSizes = tuple[tuple[tuple[int, int], ...], ...]
+
+
+def check_sizes(value: Any, name: str, fixed: FixedSizes) -> None:
+    """Raise a `HatError` where an input has another size than the example's along a dimension that counts as fixed."""
+    tensors = (value,) if isinstance(value, Tensor) else [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    for tensor, sizes in zip(tensors, fixed, strict=False):
+        for dim, size in sizes:
+            if tensor.ndim >= -dim and tensor.shape[dim] != size:
+                raise HatError(
+                    f"{name} has {tensor.shape[dim]} along dimension {dim}, where the network was converted with "
+                    f"{size} and was not seen to take another size: convert it with example inputs of this one"
+                )
 
 
 class Free:
@@ -18,6 +39,8 @@ class Free:
         self._first: dict[fx.Node, Any] = {}
         self._differing: set[fx.Node] = set()
         self._dims: dict[fx.Node, set[int]] = {}
+        #: Of each input: the shape of each tensor in it, and its dimensions that are free.
+        self._inputs: dict[str, list[tuple[torch.Size, set[int]]]] = {}
 
     def learn(self, seen: dict[fx.Node, Any]) -> None:
         """Compare what nodes made in a run (shapes of tensors, and numbers) with what they made before."""
@@ -30,6 +53,23 @@ class Free:
                 alike = len(value) == len(first)
                 dims = {d for d, n in enumerate(value) if not alike or n != first[d]}
                 self._dims.setdefault(node, set()).update(dims)
+
+    def learn_inputs(self, inputs: dict[str, Any]) -> None:
+        """Likewise, of the network's inputs by name."""
+        for name, value in inputs.items():
+            shapes = [t.shape for t in tree_leaves(value) if isinstance(t, Tensor)]
+            known = self._inputs.setdefault(name, [(shape, set()) for shape in shapes])
+            for (first, free), shape in zip(known, shapes, strict=True):
+                free |= {d for d, n in enumerate(shape) if n != first[d]}
+
+    def fixed(self) -> dict[str, FixedSizes]:
+        """The sizes of each input that were not seen to be free."""
+        found = {}
+        for name, tensors in self._inputs.items():
+            fixed = [tuple((d - len(s), n) for d, n in enumerate(s) if d not in free) for s, free in tensors]
+            if any(fixed):
+                found[name] = tuple(fixed)
+        return found
 
     def dims(self, node: object) -> set[int]:
         """The dimensions of the output of `node` whose size is free."""

@@ -18,6 +18,9 @@ EMBEDDING_LIMIT = 6.0
 
 
 class _Gate(Function):
+    #: Per-sample gradients: `torch.func.vmap` over what is called with the gate.
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(embedding: Tensor, scale: Tensor, s_max: float, clamp: float | None) -> Tensor:
         return torch.threshold_(torch.sigmoid_(scale * embedding), FLOOR, 0.0)

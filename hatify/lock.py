@@ -391,7 +391,7 @@ class Guard:
         found = {}
         records: list[_Partial | _Whole] = [*self.partial, *self.whole]
         for record in records:
-            if not record.is_restored_in(record.parameter):
+            if not record.parameter.is_meta and not record.is_restored_in(record.parameter):
                 lock = record.lock if isinstance(record, _Partial) else every
                 found[record.name] = int(((record.parameter != record.saved) & lock.to(record.saved.device)).sum())
                 record.restore()
@@ -401,6 +401,22 @@ class Guard:
     def is_of(self, model: HatModel) -> bool:
         """Whether the tensors of `model` still are the objects that are protected here."""
         return all(self.tensors.get(name, tensor) is tensor for name, tensor in named_tensors(model))
+
+    def check_fit(self, model: HatModel) -> None:
+        """Raise a `HatError` unless objects that have taken the place of what is protected can be put right.
+
+        Without a copy to put right from, they have to hold what the others held where that is looked at.
+        """
+        for name, tensor in named_tensors(model):
+            kept = self.tensors.get(name, tensor)
+            if tensor is not kept and name in {*self.uses, *self.owned} and tensor.shape != kept.shape:
+                raise HatError(
+                    f"{name}: has the shape {tuple(tensor.shape)} now, and had {tuple(kept.shape)} when finished tasks "
+                    "were learned: put it back"
+                )
+        if self._samples is not None:
+            self.tensors = {**self.tensors, **dict(named_tensors(model))}
+            self._samples.look_at(self.tensors)
 
     def is_for(self, model: HatModel) -> bool:
         """Whether this guards what `model` has finished and learns, which loading may have changed."""

@@ -30,6 +30,7 @@ from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
 from hatify.slots import Use
+from hatify.stamps import can_be_looked_at
 from hatify.structure import check_leaves, check_structure, layer_types, tensor_names
 from hatify.trace import reads_training_flag
 from hatify.trainable import Trainable
@@ -170,11 +171,11 @@ class HatModel(fx.GraphModule):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._look_after()
+        self._put_right()
         return super().state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
-        self._look_after()
+        self._put_right()
         memo.update(computed_tensors(self))
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         graphs = _copy_graphs(self._graphs, memo)
@@ -187,17 +188,16 @@ class HatModel(fx.GraphModule):
         raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._look_after()
+        self._put_right()
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         return _rebuild, (state, _copy_graphs(self._graphs, {}), self.values_before, type(self).__name__)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HatModel:
-        guard, before = self._guard, self.values_before
-        if guard is not None:
-            guard.put_right()
+        self._put_right()
+        before = self.values_before
         super()._apply(fn, recurse)
         self._known_answers.forget()
-        if guard is not None:
+        if self._guard is not None:
             self.guard_anew(None if before is None else {name: fn(tensor) for name, tensor in before.items()})
         return self
 
@@ -267,6 +267,8 @@ class HatModel(fx.GraphModule):
         self._check_task(task)
         if self.active_task is not None:
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
+        if torch.is_inference_mode_enabled():
+            raise TaskError("begin_task() inside torch.inference_mode(): nothing can be trained there; call it outside")
         check_structure(self)
         self._put_right()
         self._warn_of_full_layers(task)
@@ -305,10 +307,11 @@ class HatModel(fx.GraphModule):
         # Before anything that may raise on one rank alone, where the others would wait for it.
         ranks.agree(self, guard)
         check_structure(self)
-        for name, count in changed.items() if not guard.swapping else ():
+        if changed and not guard.swapping:
+            count = sum(changed.values())
             warnings.warn(
-                f"{name}: {count} entries that finished tasks own were changed during task {task}, outside any "
-                "optimizer step; they have been put back",
+                f"{listed(list(changed))}: {count} entries that finished tasks own were changed during task {task}, "
+                "outside any optimizer step; they have been put back",
                 HatWarning,
                 stacklevel=2,
             )
@@ -464,8 +467,12 @@ class HatModel(fx.GraphModule):
 
     def _put_right(self) -> dict[str, int]:
         """Put back all that finished tasks own, also into parameters that have become other objects."""
-        if self._guard is not None and self._guard.is_built and not self._guard.is_of(self):
-            self.guard_anew(self._guard.saved)
+        if not can_be_looked_at():
+            return {}
+        if self._guard is not None and not self._guard.is_of(self):
+            self._guard.check_fit(self)
+            if self._guard.is_built:
+                self.guard_anew(self._guard.saved)
         return {} if self._guard is None else self._guard.put_right()
 
     def _close(self, tensors: dict[str, Tensor] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from hatify.answers import check_argument, check_size
 from hatify.axes import Dims
 from hatify.classify import detached_copy, is_altered
 from hatify.cutting import cut_along, cut_layer, cut_norm
+from hatify.free import check_sizes
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer
@@ -137,6 +138,8 @@ class Writer:
             return self._masked(node, args[0])
         if node.target in (check_size, check_argument):
             return self._guard(*args)
+        if node.target is check_sizes:
+            return self._guard_sizes(*args)
         if node.target in (getattr, "size") and (sizes := self._sizes(node, args, kwargs)) is not None:
             return sizes
         if node.op in ("call_function", "call_method"):
@@ -175,6 +178,15 @@ class Writer:
             same = self.graph.call_function(operator.eq, (found, traced))
             message = f"the network was traced where {name} is {traced}, but this input makes it different"
             self.graph.call_function(torch._assert, (same, message))
+
+    def _guard_sizes(self, value: Any, name: Any, fixed: Any) -> None:
+        """Of an input that is a tensor; the sizes of others are left to what they meet."""
+        if not isinstance(value, fx.Node) or len(fixed) != 1:
+            return
+        for dims, sizes in _runs(fixed[0]):
+            shape = self.graph.call_function(getattr, (value, "shape"))
+            found = self.graph.call_function(operator.getitem, (shape, slice(dims[0], dims[-1] + 1 or None)))
+            self._guard(found, sizes, f"the sizes of {name} from dimension {dims[0]} on")
 
     # Parameters and buffers ------------------------------------------------------------------------------------------
 
@@ -367,6 +379,17 @@ class _NormProxy(fx.Proxy):
 
     def dim(self) -> int:
         return self.tracer.ndim
+
+
+def _runs(fixed: Iterable[tuple[int, int]]) -> list[tuple[list[int], tuple[int, ...]]]:
+    """Dimensions that follow each other, with their sizes."""
+    runs: list[tuple[list[int], tuple[int, ...]]] = []
+    for dim, size in fixed:
+        if runs and runs[-1][0][-1] == dim - 1:
+            runs[-1] = ([*runs[-1][0], dim], (*runs[-1][1], size))
+        else:
+            runs.append(([dim], (size,)))
+    return runs
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:

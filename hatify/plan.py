@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from hatify.census import Census, Entry
 from hatify.errors import CheckpointError
+from hatify.free import FixedSizes
 from hatify.policy import Policy
 from hatify.slots import Layout, Use
 
@@ -59,6 +60,7 @@ class Plan:
         uses: how the entries of each shared parameter connect features.
         owners: the mask of each masked layer or raw parameter.
         folded: layers whose weight is masked rather than their output.
+        fixed: the sizes of each input for which this has been planned, where others were not seen to be taken.
     """
 
     modules: dict[str, Policy]
@@ -69,6 +71,7 @@ class Plan:
     uses: dict[str, list[Use]]
     owners: dict[str, str]
     folded: frozenset[str]
+    fixed: dict[str, FixedSizes]
 
     def check(self, net: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
         """Raise a `CheckpointError` that names the first difference unless this is a plan for `net` and `graphs`."""
@@ -100,6 +103,7 @@ class Plan:
             },
             "owners": self.owners,
             "folded": sorted(self.folded),
+            "fixed": self.fixed,
         }, numbers.packed()
 
     @classmethod
@@ -139,6 +143,10 @@ class Plan:
             },
             dict(data["owners"]),
             frozenset(data["folded"]),
+            {
+                name: tuple(tuple((dim, size) for dim, size in sizes) for sizes in tensors)
+                for name, tensors in data["fixed"].items()
+            },
         )
 
 

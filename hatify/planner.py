@@ -130,6 +130,7 @@ class _Planner:
             self.uses,
             self.owners,
             frozenset(path for path, on_weight in self.findings.fold.items() if on_weight),
+            self.findings.free.fixed(),
         )
 
     def _claim(self, name: str) -> tuple[Policy, str]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hatify.answers import asks
 from hatify.axes import Axis, Dims, Grouped, Relation, any_but
 from hatify.classify import Classification, is_plain
+from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
@@ -40,6 +41,7 @@ class Removal(SupportInterpreter):
         modules: the task's plain modules, by path.
         frozen: nodes whose inputs and outputs keep everything.
         compact: whether anything may go at all.
+        free: the sizes that the network leaves free.
 
     Attributes:
         axes: of each node's output, in the structure of that output.
@@ -52,10 +54,16 @@ class Removal(SupportInterpreter):
     """
 
     def __init__(
-        self, children: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], frozen: set[fx.Node], compact: bool
+        self,
+        children: nn.Module,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        frozen: set[fx.Node],
+        compact: bool,
+        free: Free,
     ) -> None:
         nothing = Classification({}, frozenset())
-        super().__init__(children, graph, nothing, LabelSpace(couple=True), Findings())
+        super().__init__(children, graph, nothing, LabelSpace(couple=True), Findings(free))
         self.plain, self.frozen, self.compact = modules, frozen, compact
         self.axes: dict[fx.Node, Any] = {}
         self.attributes: dict[str, Dims] = {}
@@ -139,6 +147,8 @@ class Removal(SupportInterpreter):
                 self.axes[node] = self.attributes.setdefault(str(node.target), self.axes[node])
             return True
         if node.target is operator.getitem and not isinstance(self.env[node.args[0]], Tensor):  # type: ignore[index]
+            if isinstance(node.args[1], fx.Node):
+                return False  # which one it takes may depend on a size
             self.axes[node] = _item(self.axes[node.args[0]], node.args[1])  # type: ignore[index]
             return True
         if node.target in (masked, masked_off):

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from hatify.classify import is_plain
 from hatify.errors import ConversionError
+from hatify.free import check_sizes
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
 from hatify.nn.norms import FEATURE_DIMS, zero_at_zero
@@ -71,6 +72,7 @@ def rewrite_graph(net: nn.Module, graph: fx.Graph, plan: Plan, masked_nodes: dic
 
     A layer's mask is left out where only normalisations follow that keep features apart and carry the same mask.
     """
+    _check_sizes(graph, plan)
     _read_per_task_tensors(graph, plan)
     masks = _call_state(graph, plan)
     handles: dict[str, fx.Node] = {}
@@ -94,6 +96,15 @@ def _call_state(graph: fx.Graph, plan: Plan) -> fx.Node | None:
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         return graph.create_node("call_module", STATE, name="masks")
+
+
+def _check_sizes(graph: fx.Graph, plan: Plan) -> None:
+    """Let inputs be refused for which the plan was not made."""
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in (n for n in graph.nodes if n.op == "placeholder" and str(n.target) in plan.fixed):
+        with graph.inserting_before(first):
+            name = str(node.target)
+            graph.call_function(check_sizes, (node, name.lstrip("*"), plan.fixed[name]))
 
 
 def _read_per_task_tensors(graph: fx.Graph, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,14 +46,19 @@ class Samples:
     def __init__(self, places: Iterable[tuple[str, Tensor, int]]) -> None:
         found = [(name, tensor, index, entry(tensor, index).clone()) for name, tensor, index in places]
         self.places = [place for place in found if bool(torch.isfinite(place[3]))]
-        self.stamps = self._stamped()
+        self.stamps: Stamps | None = self._stamped()
 
     def _stamped(self) -> Stamps:
         return Stamps((t for _, t, *_ in self.places), (entry(t, index) for _, t, index, _ in self.places))
 
+    def look_at(self, tensors: Mapping[str, Tensor]) -> None:
+        """Look at the tensors of these names from now on; what they are to hold stays."""
+        self.places = [(name, tensors[name], index, value) for name, _, index, value in self.places]
+        self.stamps = None
+
     def changed(self, look_inside: bool) -> list[str]:
         """The names of the tensors that hold something else; looking inside in any case makes a GPU wait."""
-        if self.stamps.are_valid(look_inside):
+        if self.stamps is not None and self.stamps.are_valid(look_inside):
             return []
         found = [name for name, t, index, value in self.places if not torch.equal(entry(t, index), value)]
         if not found:

@@ -63,7 +63,9 @@ _SIMPLE = (bool, int, float, str, type(None))
 
 def settings(model: HatModel) -> dict[str, Any]:
     """What decides, besides tensors, what a model computes: types of modules, their numbers and flags, and hooks."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {
+        "global_hooks": (*nn.modules.module._global_forward_hooks, *nn.modules.module._global_forward_pre_hooks)
+    }
     for path, module in model.named_modules():
         if path.partition(".")[0] == STATE:
             continue
@@ -72,6 +74,8 @@ def settings(model: HatModel) -> dict[str, Any]:
             items = value if isinstance(value, tuple) else (value,)
             if name in ("_forward_hooks", "_forward_pre_hooks"):
                 value = tuple(value)
+            elif name == "forward" and module is not model:
+                value = (id(value),)  # one that was put in the place of the class's
             elif name.startswith("_") or name == "training" or not all(isinstance(item, _SIMPLE) for item in items):
                 continue
             found[f"{path}.{name}" if path else name] = value

@@ -76,7 +76,10 @@ class SupportInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         versions = {node: self.env[node]._version for node in n.all_input_nodes if isinstance(self.env[node], Tensor)}
+        numbers = torch.get_rng_state()
         out = super().run_node(n)
+        if isinstance(out, nn.Parameter) or not torch.equal(numbers, torch.get_rng_state()):
+            self.findings.unsteady.add(n)
         self.labels[n] = self._labels(n, out)
         if isinstance(out, Tensor):
             self.findings.shapes.setdefault(n, []).append(out.shape)
@@ -184,7 +187,7 @@ class SupportInterpreter(fx.Interpreter):
                 self.findings.moving.add(name)
         result, own = self.labels[writer], self.labels.get(node)
         for other, value in self.env.items():
-            if isinstance(value, Tensor) and _share_memory(value, self.env[node]):
+            if any(isinstance(t, Tensor) and _share_memory(t, self.env[node]) for t in tree_leaves(value)):
                 self.labels[other] = constant_labels(value, ON)
         # A mask is put behind the writer, so the value that was written to itself stays unmasked.
         masked = writer in self.findings.asked
@@ -234,6 +237,8 @@ def accepted_sizes(net: nn.Module, graphs: tuple[fx.Graph, ...], example_inputs:
             return False
         for run in watching:
             free.learn(run.seen)
+            names = (str(node.target) for node in run.graph.nodes if node.op == "placeholder")
+            free.learn_inputs(dict(zip(names, positional(run.graph, inputs), strict=False)))
         return True
 
     with in_evaluation(net), buffers_restored(net), torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -46,10 +46,12 @@ def refuse_parts(model: HatModel, state_dict: Mapping[str, Any], prefix: str, st
             another shape.
     """
     given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-    if f"{prefix}{STATE}.finished_masks" not in given:
+    masks = given.get(f"{prefix}{STATE}.finished_masks")
+    if masks is None:
         return
     own = nn.Module.state_dict(model, prefix=prefix, keep_vars=True)
     progress = f"{prefix}{STATE}.{_EXTRA_STATE_KEY_SUFFIX}"  # in version 0.1 a dictionary, now a tensor
+    _check_progress(given.get(progress), masks)
     check_keys(
         missing=[key for key in own if key not in given],
         unexpected=[key for key in given if key not in own] if strict else (),
@@ -59,6 +61,21 @@ def refuse_parts(model: HatModel, state_dict: Mapping[str, Any], prefix: str, st
             if key in given and key != progress and _shape(given[key]) != _shape(value)
         ],
     )
+
+
+def _check_progress(progress: Any, masks: Tensor) -> None:
+    """Raise a `CheckpointError` where masks of finished tasks come with a progress that knows nothing of them.
+
+    Averaged models that were made before a task follow its tensors, but not that it has been finished since.
+    """
+    finished = progress[0].tolist() if isinstance(progress, Tensor) else (progress or {}).get("finished", ())
+    masked = [task for task, mask in enumerate(masks) if mask.any()]
+    lost = [task for task in masked if task < len(finished) and not finished[task]]
+    if lost:
+        raise CheckpointError(
+            f"the state has masks of task {', '.join(map(str, lost))}, but counts it as not finished: a model that "
+            "averages another one has to be made after that task has ended; or copy the averaged parameters alone"
+        )
 
 
 def load_plain_state_dict(model: HatModel, state_dict: Mapping[str, Tensor]) -> None:

@@ -250,3 +250,92 @@ def test_extracted_networks_answer_such_inputs_likewise(name: str, compact: bool
         model.end_task()
     with torch.no_grad():
         assert difference(hatify.extract_task(model, 0, compact=compact)(*probe), model(*probe)) < 1e-5
+
+
+# Indices that no input gives ------------------------------------------------------------------------------------------
+
+
+class Learned(Layers):
+    """Features or layers that a parameter chooses, which is trained."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.other, self.how = nn.Linear(6, 8), how
+        self.scores, self.route = nn.Parameter(torch.linspace(1, 0, 8)), nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        order = self.scores.argsort(descending=True)
+        both = torch.stack((h, self.other(x)), 1)
+        return self.finish(
+            {
+                "indexed": lambda: h[:, order],
+                "gathered": lambda: h.gather(1, order.expand_as(h)),
+                "selected": lambda: h.index_select(1, order),
+                "one of two": lambda: both[:, self.route.argmax()],
+            }[self.how]()
+        )
+
+
+@pytest.mark.parametrize("how", ["indexed", "gathered", "selected", "one of two"])
+def test_indices_that_a_parameter_gives(how: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    model = hatify.hatify(Learned(how), 2, (x,))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("scores", "route")):
+                parameter.copy_(parameter.flip(0))
+    model.end_task()
+    assert leaks(model, 0, [(x,)]) == []
+    hatify.verify_isolation(model)
+
+
+class Drawn(Layers):
+    """Features in a random order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.first(x)[:, torch.rand(x.shape[1] + 2).argsort()])
+
+
+def test_indices_that_are_drawn_at_random() -> None:
+    model = hatify.hatify(Drawn(), 2, (torch.randn(4, 6),))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    model.end_task()
+    (lock,) = [p.lock.expand(8, 8) for p in model._guard.partial if p.name == "second.weight"]
+    assert torch.equal(lock, model.masks(0)["second"][:, None].expand(8, 8))  # whatever the columns read
+
+
+@torch.fx.wrap
+def turned_if_long(h: Tensor) -> Tensor:
+    return h if h.shape[1] < 13 else h.flip(-1)
+
+
+class Wrapped(Layers):
+    """A function that tracing does not see into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(turned_if_long(self.first(x))).mean(1)
+
+
+class WrittenInTuple(Layers):
+    """Writes to an element of a tuple, and takes it out again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = torch.max(self.first(x), 1)
+        best[0].add_(1.0)
+        return self.finish(best[0])
+
+
+@pytest.mark.parametrize("kind", [Wrapped, WrittenInTuple])
+def test_what_tracing_does_not_see(kind: type[Layers]) -> None:
+    torch.manual_seed(0)
+    probes = [(torch.randn(2, length, 6),) for length in (5, 12, 13, 20)]
+    model = hatify.hatify(kind(), 2, probes[0])
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    model.end_task()
+    assert leaks(model, 0, probes) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -137,6 +138,9 @@ TOKENS: dict[str, Between | tuple[Between, int]] = {
     "a kind by a size, padded": lambda net, h: F.pad(of_two(net, h), (0, 0, 0, 0, h.shape[1] // 20, 0))[:, 0],
     "features up to a size": lambda net, h: F.pad(h[..., : h.shape[1]], (0, 8))[..., :8],
     "taken from a flat table": lambda net, h: h + torch.take(net.flat, torch.arange(h.shape[1] * 8)).view(-1, 8),
+    "rolled features": lambda net, h: h.roll(h.shape[1] // 6, -1),
+    "one of the pieces": lambda net, h: h.repeat(1, 1, 2).split(8, -1)[h.shape[1] // 13 % 2],
+    "like another tensor": lambda net, h: h + torch.arange(8).to(h) + net.rows[0].type_as(h),
     "features first, cut": (lambda net, h: h.transpose(1, 2).flatten(1)[:, :40], 40),
     "halves": lambda net, h: h[:, : h.shape[1] // 2 + 1] * 2,
     "resized": (lambda net, h: F.adaptive_avg_pool1d(h.transpose(1, 2), 3).flatten(1), 24),
@@ -202,6 +206,84 @@ def test_inputs_of_which_one_is_twice_as_long() -> None:
     with no_repairs():
         model.end_task()
     assert leaks(model, 0, probes) == []
+
+
+class First(nn.Module):
+    """(L, 6), unbatched, or (L, N, 6) with a mask (N, L): the first dimension is that of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.second, self.head = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.first(x)
+        h = h if mask is None else h.masked_fill(mask.t()[..., None], 0.0)
+        h = torch.cat((h, self.last(h.mean(0, keepdim=True))), 0)
+        return self.head(torch.relu(self.second(h[-1 - x.shape[0] // 7])))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_first(masked: bool) -> None:
+    torch.manual_seed(0)
+
+    def inputs(length: int) -> tuple[Tensor, ...]:
+        return (torch.randn(length, 2, 6), torch.rand(2, length) > 0.7) if masked else (torch.randn(length, 6),)
+
+    model = hatify.hatify(First(), 2, inputs(5))
+    model.begin_task(0)
+    half_on(model, 0, random.Random(0))
+    with no_repairs():
+        model.end_task()
+    assert leaks(model, 0, [inputs(n) for n in (5, 3, 8, 12, 15)]) == []
+
+
+@torch.fx.wrap
+def of_five_or_twelve(x: Tensor) -> Tensor:
+    if x.shape[1] not in (5, 12):
+        raise ValueError("neither 5 nor 12")
+    return x
+
+
+class Odd(nn.Module):
+    """(N, L, 6), or one in a list, → (N, 3) for 5 or 12 positions: no size that is tried is taken."""
+
+    def __init__(self, listed: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.listed = listed
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(of_five_or_twelve(x[0] if self.listed else x))
+        return self.head(torch.relu(self.second(h)).mean(1))
+
+
+def test_a_size_that_was_not_seen_to_be_free_is_checked() -> None:
+    net = Odd().eval()
+    model = hatify.hatify(net, 1, of_length(5, 2)).eval()
+    assert model.plan.fixed == {"x": (((-2, 5), (-1, 6)),)}
+    net(*of_length(12)), model(*of_length(5))
+    with pytest.raises(hatify.HatError, match=r"x has 12 along dimension -2, where .* with 5 and was not seen to take"):
+        model(*of_length(12))
+    model.begin_task(0)
+    model.end_task()
+    plain = hatify.extract_task(model, 0)
+    plain(*of_length(5))
+    with pytest.raises(AssertionError, match=r"the sizes of x from dimension -2 on is \(5, 6\)"):
+        plain(*of_length(12))
+    other = hatify.hatify(net, 1, of_length(12, 2)).eval()
+    assert difference(other(*of_length(12)), net(*of_length(12))) < 1e-5
+
+
+def test_sizes_within_containers_are_checked() -> None:
+    model = hatify.hatify(Odd(listed=True), 1, ([*of_length(5, 2)],)).eval()
+    model([*of_length(5)])
+    with pytest.raises(hatify.HatError, match="x has 12 along dimension -2"):
+        model([*of_length(12)])
 
 
 def test_long_inputs() -> None:
@@ -333,42 +415,54 @@ def shapes(accepts: Callable[[tuple[Tensor, ...]], bool], *inputs: Tensor, batch
 
 def test_free_sizes_are_changed_together_and_fixed_ones_stay() -> None:
     found = shapes(lambda x: x[0].shape[1] == 3, torch.zeros(2, 3, 6, 8))
-    assert found == [[(3, 3, 12, 16)], [(2, 3, 5, 7)], [(2, 3, 1, 1)]]
-
-
-def test_sizes_that_have_to_be_equal_are_changed_together() -> None:
-    found = shapes(
-        lambda x: x[0].shape[1:] == x[1].shape[1:] and x[0].shape[1] <= 6 and len(x[0]) == len(x[1]),
-        torch.zeros(2, 5),
-        torch.zeros(2, 5),
-    )
-    assert found == [[(3, 6), (3, 6)], [(2, 4), (2, 4)], [(2, 1), (2, 1)]]
+    assert found == [[(3, 3, 12, 16)], [(1, 3, 5, 7)], [(2, 3, 1, 1)]]
 
 
 def test_large_images_are_made_smaller_if_they_can_be() -> None:
+    assert shapes(lambda x: x[0].shape[1] == 3, torch.zeros(2, 3, 224, 224)) == [[(1, 3, 112, 112)]]
     found = shapes(lambda x: x[0].shape[1] == 3 and x[0].shape[2] % 32 == 0, torch.zeros(2, 3, 224, 224))
-    assert found == [[(2, 3, 192, 112)]]
-    assert shapes(lambda x: x[0].shape[1] >= 70 and x[0].shape[2] == 6, torch.zeros(2, 70, 6)) == [[(2, 71, 6)]]
+    assert found == [[(1, 3, 192, 112)]]
+    assert shapes(lambda x: x[0].shape[1] >= 70 and x[0].shape[2] == 6, torch.zeros(2, 70, 6))[-1] == [(1, 71, 6)]
 
 
-def test_sizes_that_depend_on_each_other_are_changed_in_proportion() -> None:
-    def twice(x: tuple[Tensor, ...]) -> bool:
-        return 2 * x[0].shape[1] == x[1].shape[1] and x[0].shape[2] == x[1].shape[2] == 6
+@pytest.mark.parametrize("edge", [98, 518])
+def test_edges_that_have_to_be_multiples_of_a_patch(edge: int) -> None:
+    found = shapes(lambda x: x[0].shape[2] == x[0].shape[3] and x[0].shape[2] % 14 == 0, torch.zeros(1, 1, edge, edge))
+    assert any(x.shape[2] != edge for (x,) in [[torch.zeros(shape) for shape in shapes_] for shapes_ in found])
 
-    found = shapes(twice, torch.zeros(2, 4, 6), torch.zeros(2, 8, 6))
-    assert found == [[(2, 8, 6), (2, 16, 6)], [(2, 3, 6), (2, 6, 6)], [(2, 1, 6), (2, 2, 6)]]
 
-    def one_more(x: tuple[Tensor, ...]) -> bool:
-        return x[0].shape[1] + 1 == x[1].shape[1]
+#: What the sizes of two inputs have to do with each other.
+RELATED = {
+    "equal": (lambda a, b: a[1:] == b[1:] and a[1] <= 6 and a[0] == b[0], (2, 5), (2, 5)),
+    "twice": (lambda a, b: 2 * a[1] == b[1] and a[2] == b[2] == 6, (2, 4, 6), (2, 8, 6)),
+    "one more": (lambda a, b: a[1] + 1 == b[1], (2, 4), (2, 5)),
+    "squared": (lambda a, b: a[1] ** 2 == b[1] and a[2] == 6, (2, 5, 6), (2, 25)),
+    "length first": (lambda a, b: a[:2] == b[::-1] and a[2] == 6, (5, 2, 6), (2, 5)),
+    "a graph": (lambda a, b: a[0] == b[0] == b[1] and a[1] == 6, (5, 6), (5, 5)),
+    "a pyramid": (
+        lambda a, b, c: a[1] == b[1] == c[1] == 3 and a[2:] == tuple(2 * n for n in b[2:]) == tuple(4 * n for n in c[2:]),
+        (2, 3, 8, 8), (2, 3, 4, 4), (2, 3, 2, 2),
+    ),
+    "the first dimension alone": (lambda a: a[1] == 6, (5, 6)),
+}  # fmt: skip
 
-    found = shapes(one_more, torch.zeros(2, 4), torch.zeros(2, 5))
-    assert found == [[(2, 8), (2, 9)], [(2, 3), (2, 4)], [(2, 1), (2, 2)]]
+
+@pytest.mark.parametrize("name", RELATED)
+def test_sizes_that_depend_on_each_other_are_changed_together(name: str) -> None:
+    takes_shapes, *given = RELATED[name]
+    found = shapes(lambda x: takes_shapes(*(tuple(t.shape) for t in x)), *(torch.zeros(shape) for shape in given))
+    fixed = {"a pyramid": 3, "equal": 0}.get(name, 6)
+    for i, shape in enumerate(given):
+        for d, size in enumerate(shape):
+            varied = {each[i][d] for each in found} - {size}
+            assert bool(varied) == (size != fixed), (i, d)
+    assert any(sum(map(math.prod, each)) > sum(map(math.prod, given)) for each in found)
 
 
 def test_batches_and_indices() -> None:
     ids = torch.tensor([[3, 1], [4, 1]])
-    seen = list(other_sizes(lambda x: x[0].shape[1] == 2, (ids,), (1, 3)))
-    assert [len(x) for (x,) in seen] == [1, 3] and seen[1][0].tolist() == [[3, 1], [4, 1], [3, 1]]
+    seen = list(other_sizes(lambda x: x[0].shape[1] == 2, (ids,), (3,)))
+    assert [len(x) for (x,) in seen] == [4, 1, 3] and seen[2][0].tolist() == [[3, 1], [4, 1], [3, 1]]
     assert shapes(lambda x: False, torch.zeros(2, 3)) == [] and shapes(lambda x: True, torch.tensor(1.0)) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import pickle
 import threading
 import warnings
 from collections.abc import Iterator
@@ -271,6 +272,56 @@ def test_buffers_written_to_through_data_are_put_right(model: HatModel) -> None:
         if buffer.is_floating_point() and buffer.ndim:
             buffer.data.mul_(0.5)
     assert same(answers(model), expected)
+
+
+def replace_objects(model: HatModel) -> None:
+    """As averaging callbacks do."""
+    model.fc.weight = nn.Parameter(torch.randn_like(model.fc.weight))
+    for norm in model.bn:
+        norm.running_mean = torch.zeros_like(norm.running_mean)
+
+
+@pytest.mark.parametrize("how", ["cast", "copied", "pickled", "state", "saved", "extracted"])
+def test_what_was_replaced_is_put_right_before_it_is_taken_over(model: HatModel, how: str, tmp_path) -> None:
+    expected = answers(model)
+    replace_objects(model)
+    if how == "cast":
+        model.float()
+    elif how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "state":
+        state, model = model.state_dict(), converted()
+        model.load_state_dict(state)
+    elif how == "saved":
+        hatify.save(model, tmp_path / "model")
+        model = hatify.load(tmp_path / "model", SmallNet())
+    else:
+        plain = hatify.extract_task(model, 0, compact=False)
+        assert torch.equal(plain(images()), expected[0])
+    assert same(answers(model, [0, 1]), expected)
+
+
+def test_what_was_replaced_in_a_loaded_model_is_refused(model: HatModel, tmp_path) -> None:
+    hatify.save(model, tmp_path / "model")
+    loaded = hatify.load(tmp_path / "model", SmallNet())
+    loaded.conv.weight = nn.Parameter(loaded.conv.weight.detach().clone())
+    assert same(answers(copy.deepcopy(loaded)), answers(model))
+    loaded.conv.weight = nn.Parameter(loaded.conv.weight.detach() * 0.5)
+    with pytest.raises(HatError, match=r"conv\.weight: written to after the model was loaded"):
+        loaded.begin_task(2)
+    model.conv.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    with pytest.raises(HatError, match=r"conv\.weight: has the shape \(4, 3, 3, 3\) now, and had"):
+        model.begin_task(2)
+
+
+def test_extraction_takes_what_is_put_right(model: HatModel) -> None:
+    expected = answers(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(hatify.extract_task(model, 0, compact=False)(images()), expected[0])
 
 
 # Other weights for one call ------------------------------------------------------------------------------------------
@@ -586,6 +637,79 @@ def test_a_parameter_that_only_a_hook_knows_is_found_in_evaluation_mode(model: H
         model.eval()(images())
 
 
+def wrapped_forward(model: HatModel) -> None:
+    forward = model.fc.forward
+    model.fc.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 1.01
+
+
+def a_hook_on_everything(model: HatModel) -> None:
+    model.handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: out * 1.005 if isinstance(out, Tensor) else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(wrapped_forward, r"fc\.forward"), (a_hook_on_everything, "global_hooks")]
+)
+def test_small_changes_from_outside_are_found(model: HatModel, change, name: str) -> None:
+    model.begin_task(2)
+    change(model)
+    try:
+        with pytest.raises(HatError, match=f"does not answer as before, since {name} has changed"):
+            model.end_task()
+    finally:
+        if hasattr(model, "handle"):
+            model.handle.remove()
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_autocast_around_begin_or_end_is_no_fault(model: HatModel, begin: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=begin):
+        model.begin_task(2)
+    model.act.note = 0.3
+    with torch.autocast("cpu", torch.bfloat16, enabled=not begin):
+        model.end_task()
+    assert model.finished_tasks == (0, 1, 2)
+
+
+def test_a_normalisation_that_cannot_be_masked_is_named(model: HatModel) -> None:
+    for task, norm in enumerate(model.bn):
+        model.bn[task] = nn.LocalResponseNorm(2)
+        assert norm is not None
+    with pytest.raises(HatError, match="a LocalResponseNorm has taken the place of a normalisation"):
+        model.eval()(images())
+
+
+def test_begin_task_in_inference_mode_is_refused(model: HatModel) -> None:
+    with torch.inference_mode(), pytest.raises(TaskError, match=r"inside torch\.inference_mode"):
+        model.begin_task(2)
+
+
+def test_a_swap_that_rounds_gives_one_warning(model: HatModel) -> None:
+    model.begin_task(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0000001)
+    with pytest.warns(hatify.HatWarning, match="fc.*more: .* entries that finished tasks own were changed") as caught:
+        model.end_task()
+    assert sum("outside any" in str(w.message) for w in caught) == 1
+
+
+def test_gradients_of_each_sample(model: HatModel) -> None:
+    model = hatify.hatify(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), 1)
+    model.begin_task(0)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = torch.randn(3, 4)
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(3):
+        for name, gradient in torch.func.grad(loss)(parameters, x[i]).items():
+            torch.testing.assert_close(each[name][i], gradient)
+
+
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
@@ -711,6 +835,20 @@ def test_a_state_that_does_not_fit_is_refused_as_a_whole(
         with pytest.raises(hatify.CheckpointError, match=message):
             holder.load_state_dict(state, strict=strict)
         assert same_state(model, before) and model.task_state.progress() == before.task_state.progress()
+
+
+def test_an_averaged_model_that_does_not_know_what_is_finished_is_refused() -> None:
+    import timm.utils
+
+    model = converted()
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    for task in range(2):
+        learn(model, task)
+        average.update(model)
+    before = copy.deepcopy(model)
+    with pytest.raises(hatify.CheckpointError, match="masks of task 0, 1, but counts it as not finished"):
+        model.load_state_dict(average.module.state_dict())
+    assert same_state(model, before) and model.finished_tasks == (0, 1)
 
 
 def test_a_fresh_model_still_takes_parts_of_the_original() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hatify.errors import HatError
 from hatify.nn.choice import Choice
 from hatify.nn.norms import NORMS
 
@@ -33,7 +34,15 @@ class PerTaskNorm(PerTask):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         norm = self._modules[str(self.choice.task)]
         assert norm is not None
-        return norm(x) if mask is None else NORMS[type(norm)](norm, x, mask)
+        if mask is None:
+            return norm(x)
+        masked = NORMS.get(type(norm))
+        if masked is None:
+            raise HatError(
+                f"a {type(norm).__name__} has taken the place of a normalisation since the conversion, and cannot be "
+                "masked: put the original one back, or make the change before the conversion"
+            )
+        return masked(norm, x, mask)
 
 
 class PerTaskTensor(nn.Module):

@@ -54,7 +54,7 @@ def has_computed_indices(call: Call) -> bool:
     """Whether a movement goes by tensors that follow from inputs, so that it may be another one than now."""
     if call.has_trait(Trait.BY_SHAPE):
         return False
-    return any(isinstance(call.labels_of(node), Tensor) and _is_computed(node) for node in _amounts(call))
+    return any(isinstance(call.labels_of(node), Tensor) and _is_computed(call, node) for node in _amounts(call))
 
 
 def _amounts(call: Call) -> set[fx.Node]:
@@ -65,8 +65,10 @@ def _amounts(call: Call) -> set[fx.Node]:
     return set(call.node.all_input_nodes).difference(moved)
 
 
-def _is_computed(index: fx.Node) -> bool:
-    return any(node.op in ("placeholder", "call_module") for node in behind(index, asks))
+def _is_computed(call: Call, index: fx.Node) -> bool:
+    """Whether an index follows from inputs, from parameters, or from random numbers."""
+    unsteady = call.findings.unsteady
+    return any(node.op in ("placeholder", "call_module") or node in unsteady for node in behind(index, asks))
 
 
 def _read_anywhere(call: Call, labels: Labels, dims: set[int] | None) -> Labels:
@@ -148,6 +150,8 @@ def moved(removal: Removal, call: Call) -> bool:
     dims, value = removal.dims(source), removal.env.get(source)  # type: ignore[arg-type]
     if not isinstance(dims, Dims) or value is None or has_computed_indices(call):
         return False
+    if not call.has_trait(Trait.KEEPS_ORDER) and any(map(call.free.follows, _amounts(call))):
+        return False  # other sizes move otherwise
     for other in call.node.all_input_nodes:
         for indices in tree_leaves(removal.axes[other] if other is not source else None):
             if isinstance(indices, Dims):
@@ -280,6 +284,8 @@ def found_to_move(call: Call) -> Labels:
     """
     if call.node.op != "call_function" or not call.args or not isinstance(call.args[0], Tensor):
         return None
+    if call.node.target not in torch.overrides.get_testing_overrides():
+        return None  # code of others, which may do something else with other sizes or values
     others = tree_leaves((call.args[1:], call.kwargs))
     if any(isinstance(t, Tensor) and t.is_floating_point() for t in others):
         return None  # a second operand may just happen to be zero now
@@ -339,7 +345,7 @@ def _dims_of_keys(call: Call, ndim: int) -> tuple[set[int], set[int]]:
         dim += ndim - sum(used) if value is ... else count
         amounts: list[fx.Node] = []
         fx.node.map_arg(key, amounts.append)
-        if any(map(_is_computed, amounts)):
+        if any(_is_computed(call, node) for node in amounts):
             computed |= dims
         if key != slice(None):
             by_sizes |= dims if any(map(call.free.follows, amounts)) else dims & free
@@ -390,8 +396,13 @@ def _padded_by_sizes(call: Call, padding: Sequence[int], mode: str) -> Labels:
     return _alike(call, labels, call.free.dims(call.given(0, "input")) & cropped)
 
 
-@op("to", "float", traits={Trait.ELEMENTWISE, Trait.AFTER_HEADS}, cut=alike)
-@op("double", "half", "bfloat16", "type", "type_as", "cuda", "cpu", traits={Trait.ELEMENTWISE}, cut=alike)
+def like_the_first(removal: Removal, call: Call) -> bool:
+    """The axes of the output are those of what is cast; what another tensor is asked for is its dtype."""
+    return removal.elementwise([removal.axes[call.node], removal.dims(call.given(0, "self"))])
+
+
+@op("to", "float", traits={Trait.ELEMENTWISE, Trait.AFTER_HEADS}, cut=like_the_first)
+@op("double", "half", "bfloat16", "type", "type_as", "cuda", "cpu", traits={Trait.ELEMENTWISE}, cut=like_the_first)
 def cast(call: Call) -> Labels:
     """Casts and moves between devices."""
     return call.label(0)

@@ -173,6 +173,8 @@ class Findings:
     starved: set[tuple[str, fx.Node]] = field(default_factory=set)
     #: The masks that nodes are to have, at each size at which they need one.
     asked: dict[fx.Node, list[Masked]] = field(default_factory=dict)
+    #: Nodes whose value is another one at other times: parameters, which are trained, and random numbers.
+    unsteady: set[fx.Node] = field(default_factory=set)
     #: The shapes of outputs, at each size.
     shapes: dict[fx.Node, list[torch.Size]] = field(default_factory=dict)
     #: Leaves of entries of raw parameters that something was computed from, at any size.
