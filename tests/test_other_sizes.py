@@ -138,6 +138,12 @@ TOKENS: dict[str, Between | tuple[Between, int]] = {
     "a kind by a size, padded": lambda net, h: F.pad(of_two(net, h), (0, 0, 0, 0, h.shape[1] // 20, 0))[:, 0],
     "features up to a size": lambda net, h: F.pad(h[..., : h.shape[1]], (0, 8))[..., :8],
     "taken from a flat table": lambda net, h: h + torch.take(net.flat, torch.arange(h.shape[1] * 8)).view(-1, 8),
+    "shifted in time": lambda net, h: torch.cat(
+        (F.pad(h[:, 1:, :2], (0, 0, 0, 1)), F.pad(h[:, :-1, 2:4], (0, 0, 1, 0)), h[:, :, 4:]), -1
+    ),
+    "one position, if it is there": lambda net, h: torch.cat((net.near(h[:, :2]), net.far(h[:, 2:])), 1)[:, 3:4],
+    "one of what is stacked": lambda net, h: torch.stack((h, net.near(h)), 0).unbind(0)[h.shape[1] // 13 % 2],
+    "a piece of what is stacked": lambda net, h: torch.stack((h, net.near(h)), 0).chunk(2, 0)[h.shape[1] // 13 % 2][0],
     "rolled features": lambda net, h: h.roll(h.shape[1] // 6, -1),
     "one of the pieces": lambda net, h: h.repeat(1, 1, 2).split(8, -1)[h.shape[1] // 13 % 2],
     "like another tensor": lambda net, h: h + torch.arange(8).to(h) + net.rows[0].type_as(h),

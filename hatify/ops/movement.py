@@ -374,7 +374,7 @@ def pad(call: Call) -> Labels:
     else:
         padding, mode, value = module.padding, "constant", 0
     labels = _padded_by_sizes(call, padding, mode)
-    if labels is None:
+    if labels is None or call.is_empty:
         return call.all_on()
     if mode != "constant":
         return _run(call, (labels, padding, mode), {})

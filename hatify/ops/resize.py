@@ -188,6 +188,8 @@ def _slice(piece: slice, axis: Axis) -> slice:
     if any(isinstance(end, fx.Node) for end in (piece.start, piece.stop, piece.step)):
         raise CannotCut
     positions = (axis.kept.cumsum(0) - 1)[piece][axis.kept[piece]].tolist()
+    if not positions:
+        raise CannotCut
     step = positions[1] - positions[0] if len(positions) > 1 else 1
     if positions != list(range(positions[0], positions[-1] + 1, step)):
         raise CannotCut
