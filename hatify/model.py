@@ -26,6 +26,7 @@ from hatify.mixed import answer_each, check_tasks
 from hatify.nn.folding import forget
 from hatify.nn.per_task import PER_TASK
 from hatify.nn.state import STATE, TaskState
+from hatify.opened import OpenTask
 from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
@@ -38,7 +39,7 @@ from hatify.undo import all_or_nothing
 from hatify.weights import refuse_parts, refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "_guard", "_known_answers", "_ddp")
+_NOT_COPIED = ("_graph", "_graphs", "_guard", "_open", "_known_answers", "_ddp")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -67,6 +68,7 @@ class HatModel(fx.GraphModule):
     _origin: Origin
     _graphs: dict[bool, fx.Graph]
     _guard: Guard | None
+    _open: OpenTask | None
     _known_answers: KnownAnswers
     _unseen: bool
     _mode_readers: tuple[str, ...]
@@ -101,6 +103,7 @@ class HatModel(fx.GraphModule):
             _owners=plan.owners,
             _origin=origin,
             _guard=None,
+            _open=None,
             _known_answers=KnownAnswers(),
             _unseen=False,
         )
@@ -300,7 +303,7 @@ class HatModel(fx.GraphModule):
                 `DistributedDataParallel` wrapper; a finished task does not answer as before; or parameters have been
                 wrapped, removed or added. The task is still open; `abort_task` undoes it.
         """
-        _, task = self._require_open("end_task")
+        task = self._require_open("end_task")[1].task
         changed = self._put_right()
         guard = self._guard
         assert guard is not None
@@ -340,7 +343,7 @@ class HatModel(fx.GraphModule):
         Raises:
             TaskError: no task is open.
         """
-        guard, task = self._require_open("abort_task")
+        guard, opened = self._require_open("abort_task")
         before = self.values_before
         assert before is not None
         with torch.no_grad():
@@ -349,7 +352,7 @@ class HatModel(fx.GraphModule):
                 if name in before and tensor.shape == before[name].shape:
                     tensor.copy_(before[name])
         with all_or_nothing(self):
-            self.task_state.finished[task] = guard.was_finished
+            self.task_state.finished[opened.task] = opened.was_finished
             self.task_state.choice.set(self.task_state.task_before)
             self._close(guard.tensors)
 
@@ -411,10 +414,10 @@ class HatModel(fx.GraphModule):
         Raises:
             TaskError: no task is open.
         """
-        guard, task = self._require_open("regularization")
+        _, opened = self._require_open("regularization")
         state = self.task_state
-        gates = gate(state.embeddings[task], state.scale, state.s_max, state.clamp)
-        capacity = guard.capacity if per_layer else guard.capacity_of_all
+        gates = gate(state.embeddings[opened.task], state.scale, state.s_max, state.clamp)
+        capacity = opened.capacity if per_layer else opened.capacity_of_all
         return capacity_regularization(gates, capacity, self.num_tasks, quota)
 
     # Internals -------------------------------------------------------------------------------------------------------
@@ -430,11 +433,10 @@ class HatModel(fx.GraphModule):
         self._check_task(task)
         return task, None
 
-    def _require_open(self, call: str) -> tuple[Guard, int]:
-        task = self.active_task
-        if self._guard is None or task is None:
+    def _require_open(self, call: str) -> tuple[Guard, OpenTask]:
+        if self._guard is None or self._open is None:
             raise TaskError(f"{call}() needs an open task: call begin_task() first")
-        return self._guard, task
+        return self._guard, self._open
 
     @property
     def values_before(self) -> dict[str, Tensor] | None:
@@ -451,14 +453,20 @@ class HatModel(fx.GraphModule):
 
         `built`: keep a copy of what finished tasks own at once.
         """
-        old, task = self._guard, self.active_task
+        old, standing, task = self._guard, self.standing, self.active_task
         guarded = task is not None or any(self.task_state.finished)
         guard = Guard(self, task, dict(saved) if saved else None, tensors) if guarded else None
+        opened = None if task is None else OpenTask(self.task_state, task)
         if guard is not None:
             guard.build() if built or (old is not None and old.is_built) else guard.watch()
-        self.__dict__["_guard"] = guard
-        if old is not None:
-            old.disarm()
+        self.__dict__.update(_guard=guard, _open=opened)
+        for watcher in standing:
+            watcher.disarm()
+
+    @property
+    def standing(self) -> list[Guard | OpenTask]:
+        """What watches the steps of optimizers for this model."""
+        return [watcher for watcher in (self._guard, self._open) if watcher is not None]
 
     def _look_after(self, training: bool = False) -> None:
         """Put right what finished tasks own before it is used, if anything seems to have been written to."""
@@ -557,7 +565,7 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, _guard=None, _known_answers=KnownAnswers())
+    model.__dict__.update(state, _guard=None, _open=None, _known_answers=KnownAnswers())
     model._install(graphs)
     model.guard_anew(saved, built=built)
     return model

@@ -45,12 +45,12 @@ def all_or_nothing(model: HatModel) -> Iterator[None]:
     ]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     values = [(buffer, buffer.clone()) for buffer in state.buffers()]
-    choose_as_before, guard = state.choice.remembered(), model._guard
+    choose_as_before, standing = state.choice.remembered(), model.standing
     try:
         with surroundings_kept():
             yield
     except BaseException:
-        new_guard = model._guard
+        new = [watcher for watcher in model.standing if watcher not in standing]
         for attributes, then, containers in held:
             attributes.clear()
             attributes.update(then)
@@ -64,9 +64,9 @@ def all_or_nothing(model: HatModel) -> Iterator[None]:
             for buffer, value in values:
                 buffer.copy_(value)
         choose_as_before()
-        if new_guard is not None and new_guard is not guard:
-            new_guard.disarm()
-        if guard is not None:
-            guard.arm()
+        for watcher in new:
+            watcher.disarm()
+        for watcher in standing:
+            watcher.arm()
         model.select_graph(anew=True)
         raise

@@ -75,9 +75,9 @@ def _shapes(inputs: Any) -> str:
 def unguarded_copy(model: HatModel) -> HatModel:
     """A copy of a model in which nothing puts back what is written to it."""
     twin = copy.deepcopy(model)
-    if twin._guard is not None:
-        twin._guard.disarm()
-        twin.__dict__["_guard"] = None
+    for watcher in twin.standing:
+        watcher.disarm()
+    twin.__dict__.update(_guard=None, _open=None)
     return twin
 
 

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torch.optim import optimizer as torch_optimizer
 
 from hatify import HatError, HatWarning, hatify, verify_isolation
-from hatify.lock import _STANDING, _Partial, locked_entries
+from hatify.lock import Guard, locked_entries
+from hatify.lock.entries import PartlyOwned
+from hatify.lock.watch import STANDING
 from hatify.slots import Use
 
 # Masks are drawn at random here, without regard to capacity.
@@ -377,8 +379,8 @@ def test_weight_decay_does_move_locked_weights_where_nothing_guards_them():
 def restored(monkeypatch):
     """Names of the parameters that were put back, in order."""
     names = []
-    restore = _Partial.restore
-    monkeypatch.setattr(_Partial, "restore", lambda self: (names.append(self.name), restore(self))[1])
+    restore = PartlyOwned.restore
+    monkeypatch.setattr(PartlyOwned, "restore", lambda self: (names.append(self.name), restore(self))[1])
     return names
 
 
@@ -414,7 +416,7 @@ def test_nothing_is_put_back_after_steps_that_moved_nothing_locked(make, restore
 @pytest.mark.parametrize("most", [0.0, 1.0], ids=["free runs set aside", "locked runs written"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(most, decay, monkeypatch):
-    monkeypatch.setattr("hatify.lock.MOST", most)
+    monkeypatch.setattr("hatify.lock.entries.MOST", most)
     model, expected = opened_model()
     before = model.get_parameter("conv.weight").detach().clone()
     (lock,) = [p.lock.expand(p.parameter.shape) for p in model._guard.partial if p.name == "conv.weight"]
@@ -795,26 +797,31 @@ def test_a_step_after_the_task_has_ended_moves_nothing():
 # Hooks ----------------------------------------------------------------------------------------------------------------
 
 
+def standing() -> int:
+    """How many guards there are."""
+    return sum(isinstance(watcher, Guard) for watcher in STANDING)
+
+
 @pytest.fixture
 def guards_before():
     """How many guards there are, without those of earlier tests' models."""
     gc.collect()
-    return len(_STANDING)
+    return standing()
 
 
 def test_one_guard_stands_from_the_first_task_on(guards_before):
     model = make_model()
-    assert len(_STANDING) == guards_before
+    assert standing() == guards_before
     model.begin_task(0)
     model.abort_task()
-    assert len(_STANDING) == guards_before
+    assert standing() == guards_before
     for parameter in model.parameters():
         assert not parameter._post_accumulate_grad_hooks
     model = finished_model()
     for _ in range(2):
-        assert len(_STANDING) == guards_before + 1
+        assert standing() == guards_before + 1
         model.begin_task(1)
-        assert len(_STANDING) == guards_before + 1
+        assert standing() == guards_before + 1
         model.abort_task()
 
 
@@ -836,7 +843,7 @@ def test_no_guard_outlives_its_model(guards_before):
     del model
     gc.collect()
     assert alive() is None
-    assert len(_STANDING) == guards_before
+    assert standing() == guards_before
     optimizer.step()
 
 
@@ -867,7 +874,7 @@ def test_a_model_is_collected_in_every_state(guards_before):
     del models, open_
     gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
-    assert len(_STANDING) == guards_before
+    assert standing() == guards_before
 
 
 def test_an_optimizer_of_something_else_is_left_alone():

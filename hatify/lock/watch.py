@@ -1,0 +1,59 @@
+"""Whoever stands watch is told of every step of every optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Container, Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+class Watcher(Protocol):
+    """What is told of steps."""
+
+    def before_step(self, held: Container[int]) -> None:
+        """Parameters with the identities `held` are going to be updated."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer, decay: Mapping[int, float]) -> None:
+        """They have been, by `optimizer`; `decay` has the weight decay of each, by identity."""
+
+
+#: Those who watch: the guard of every model with finished tasks or an open one, and every open task.
+STANDING: weakref.WeakSet[Watcher] = weakref.WeakSet()
+
+
+def watch(watcher: Watcher) -> None:
+    """Tell `watcher` of every step from now on."""
+    _watch_optimizers()
+    STANDING.add(watcher)
+
+
+def unwatch(watcher: Watcher) -> None:
+    """Tell it no more."""
+    STANDING.discard(watcher)
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Register the hooks, once.
+
+    They stay: torch iterates over such hooks, and fails if one is removed meanwhile, as the garbage collector does with
+    that of something it happens to find.
+    """
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for watcher in list(STANDING):
+        watcher.before_step(held)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
+    for watcher in list(STANDING):
+        watcher.after_step(optimizer, decay)
