@@ -49,7 +49,7 @@ def half_on(model: hatify.HatModel, net: nn.Module, task: int) -> None:
     for i, (path, heads) in enumerate(attentions):
         chosen = torch.zeros(heads, dtype=torch.bool)
         chosen[torch.randperm(heads)[: (heads + i % 2) // 2]] = True
-        features = slots[model._owners[f"{path}.qkv"]].long()
+        features = slots[model.plan.owners[f"{path}.qkv"]].long()
         on[features] = chosen.view(1, heads, 1).expand(3, heads, features.numel() // (3 * heads)).flatten()
     state.embeddings[task].data.copy_(torch.where(on, 2.0, -2.0))
 

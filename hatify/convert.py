@@ -18,7 +18,7 @@ from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.planner import make_plan
 from hatify.policy import Policy
-from hatify.rewrite import rewrite_graph, rewrite_modules
+from hatify.rewrite import class_counts, rewrite_graph, rewrite_modules
 from hatify.support import accepted_sizes, analyse, only_weighing
 from hatify.trace import Traced, bound_arguments, trace
 
@@ -197,20 +197,6 @@ def _check_arguments(net: nn.Module, num_tasks: int, num_classes: int | Iterable
     if not 1 < s_max < math.inf:
         raise ValueError(f"s_max must be finite and above 1, not {s_max!r}")
     class_counts(num_tasks, num_classes)
-
-
-def class_counts(num_tasks: int, num_classes: int | Iterable[int] | None) -> list[int] | None:
-    """The number of classes of each of `num_tasks` tasks, or None.
-
-    Raises:
-        ValueError: there is not one positive integer for each.
-    """
-    if num_classes is None:
-        return None
-    classes = list(num_classes) if isinstance(num_classes, Iterable) else [num_classes] * num_tasks
-    if len(classes) != num_tasks or not all(type(n) is int and n > 0 for n in classes):
-        raise ValueError(f"num_classes must be a positive integer or {num_tasks} of them, not {num_classes!r}")
-    return classes
 
 
 def _example_inputs(

@@ -54,12 +54,12 @@ def extract_task(
     """
     if not isinstance(model, HatModel):
         raise HatError(f"expected a converted model, not {type(model).__name__}: call hatify.hatify on it first")
-    model._check_task(task)
+    model.check_task(task)
     if task == model.active_task:
         raise TaskError(f"task {task} is open for training: call end_task() first")
     if task not in model.finished_tasks:
         raise TaskError(f"task {task} is not finished: train it and call end_task() first")
-    model._put_right()
+    model.put_right()
     inputs, device = arguments(model, example_inputs), model.task_state.scale.device
     with refusals_named(model, inputs), answering(model, task):
         values = positional(model.graph, _filling(model, inputs))

@@ -60,7 +60,7 @@ def forget_task(
         HatWarning: no shared entry belongs to the task alone.
     """
     _check(model, task, reset, original)
-    model._put_right()
+    model.put_right()
     entries = belongs_to(model, task)
     if not any(name in model.uses for name in entries):
         message = f"task {task}: no entry of any shared parameter belongs to it alone"
@@ -76,7 +76,7 @@ def forget_task(
         for name, value in fresh.items():
             tensors[name].copy_(torch.where(entries[name], value.to(tensors[name]), tensors[name]))
         state.forget(task)
-        model._settle()
+        model.settle()
         model.guard_anew()
     return report
 
@@ -84,7 +84,7 @@ def forget_task(
 @contextmanager
 def _kept_if_interrupted(model: HatModel) -> Iterator[None]:
     """The guard puts back what finished tasks own, and with it what the task that was being forgotten owned."""
-    guard = model._guard
+    guard = model.guard
     assert guard is not None
     guard.build()
     try:
@@ -95,7 +95,7 @@ def _kept_if_interrupted(model: HatModel) -> Iterator[None]:
 
 
 def _check(model: HatModel, task: int, reset: str, original: Any) -> None:
-    model._check_task(task)
+    model.check_task(task)
     if model.active_task is not None:
         raise TaskError(f"task {model.active_task} is open: call end_task() or abort_task() before forgetting a task")
     if task not in model.finished_tasks:

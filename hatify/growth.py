@@ -14,7 +14,7 @@ from hatify.errors import TaskError
 from hatify.nn.per_task import PER_TASK, PerTask, PerTaskTensor
 from hatify.nn.state import STATE, initial_embedding
 from hatify.policy import Policy
-from hatify.rewrite import heads_of_size
+from hatify.rewrite import class_counts, heads_of_size
 from hatify.structure import tensor_names
 from hatify.undo import all_or_nothing
 
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> None:
     """What `HatModel.add_tasks` does."""
-    from hatify.convert import class_counts
-
     if model.active_task is not None:
         raise TaskError(f"task {model.active_task} is open: call end_task() or abort_task() before adding tasks")
-    model._put_right()
+    model.put_right()
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"the number of tasks to add must be a positive integer, not {n!r}")
     classes = class_counts(n, _heads_like_before(model) if num_classes is None else num_classes)
@@ -46,16 +44,16 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
         if classes is not None
     }
     with all_or_nothing(model):
-        model._settle()
+        model.settle()
         _grow_modules(model, modules, fresh, source, n)
         _grow_state(model, n)
         model.task_state.trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
-        model.__dict__["_origin"] = replace(model._origin, added=(*model._origin.added, (n, classes)))
+        model.__dict__["origin"] = replace(model.origin, added=(*model.origin.added, (n, classes)))
         of_each_task = model.__dict__.get("num_classes")
         if isinstance(of_each_task, tuple) and classes is not None:
             model.__dict__["num_classes"] = (*of_each_task, *classes)
         model.task_state.tensor_names = tensor_names(model)
-        model._settle()
+        model.settle()
         model.guard_anew()
 
 
@@ -88,7 +86,7 @@ def _grow_state(model: HatModel, n: int) -> None:
 
 def _heads_like_before(model: HatModel) -> int | None:
     """The number of classes of heads that were all made afresh with the same one."""
-    classes = model._origin.arguments["num_classes"]
+    classes = model.origin.arguments["num_classes"]
     if isinstance(classes, list):
         raise ValueError("the tasks have heads of their own numbers of classes: give num_classes for the new ones too")
     return None if classes is None else int(classes)

@@ -19,7 +19,7 @@ def check_tasks(model: HatModel, tasks: Tensor) -> None:
     if tasks.dtype != torch.int64 or tasks.ndim != 1 or not tasks.numel():
         raise TaskError(f"expected one task per sample, int64 (batch,), not {tasks.dtype} {tuple(tasks.shape)}")
     for task in tasks.unique().tolist():
-        model._check_task(task)
+        model.check_task(task)
         if task not in model.finished_tasks or task == model.active_task:
             raise TaskError(f"task {task} is not finished: only finished tasks answer side by side")
 

@@ -39,7 +39,7 @@ from hatify.undo import all_or_nothing
 from hatify.weights import refuse_parts, refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "_guard", "_open", "_known_answers", "_ddp")
+_NOT_COPIED = ("_graph", "_graphs", "guard", "_open", "_known_answers", "wrapper_note")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -64,15 +64,14 @@ class HatModel(fx.GraphModule):
     example_inputs: tuple[Any, ...] | dict[str, Any]
     uses: dict[str, list[Use]]
     constants: tuple[str, ...]
-    _owners: dict[str, str]
-    _origin: Origin
+    origin: Origin
     _graphs: dict[bool, fx.Graph]
-    _guard: Guard | None
+    guard: Guard | None
     _open: OpenTask | None
     _known_answers: KnownAnswers
     _unseen: bool
     _mode_readers: tuple[str, ...]
-    _ddp: ranks.Note | None = None
+    wrapper_note: ranks.Note | None = None
     _ddp_params_and_buffers_to_ignore = property(ranks.ignored, ranks.ignore)
 
     def __init__(
@@ -100,9 +99,8 @@ class HatModel(fx.GraphModule):
             example_inputs=example_inputs,
             uses=plan.uses,
             constants=tuple(e.name for e in plan.census if e.policy == "constant"),
-            _owners=plan.owners,
-            _origin=origin,
-            _guard=None,
+            origin=origin,
+            guard=None,
             _open=None,
             _known_answers=KnownAnswers(),
             _unseen=False,
@@ -117,7 +115,7 @@ class HatModel(fx.GraphModule):
             self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
             self.register_forward_pre_hook(_check_modes)
         self.register_load_state_dict_post_hook(_after_loading)
-        self._settle()
+        self.settle()
 
     # The graph -------------------------------------------------------------------------------------------------------
 
@@ -174,33 +172,33 @@ class HatModel(fx.GraphModule):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._put_right()
+        self.put_right()
         return super().state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
-        self._put_right()
+        self.put_right()
         memo.update(computed_tensors(self))
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         graphs = _copy_graphs(self._graphs, memo)
         before = self.values_before
         saved = None if before is None else {name: tensor.clone() for name, tensor in before.items()}
-        built = self._guard is not None and self._guard.is_built
+        built = self.guard is not None and self.guard.is_built
         return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__, built)
 
     def __copy__(self) -> HatModel:
         raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._put_right()
+        self.put_right()
         state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         return _rebuild, (state, _copy_graphs(self._graphs, {}), self.values_before, type(self).__name__)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HatModel:
-        self._put_right()
+        self.put_right()
         before = self.values_before
         super()._apply(fn, recurse)
         self._known_answers.forget()
-        if self._guard is not None:
+        if self.guard is not None:
             self.guard_anew(None if before is None else {name: fn(tensor) for name, tensor in before.items()})
         return self
 
@@ -267,21 +265,21 @@ class HatModel(fx.GraphModule):
             TaskError: another task is open, or there is no such task.
             HatError: parameters have been wrapped, removed or added since the conversion.
         """
-        self._check_task(task)
+        self.check_task(task)
         if self.active_task is not None:
             raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
         if torch.is_inference_mode_enabled():
             raise TaskError("begin_task() inside torch.inference_mode(): nothing can be trained there; call it outside")
         check_structure(self)
-        self._put_right()
+        self.put_right()
         self._warn_of_full_layers(task)
         with all_or_nothing(self):
-            self.__dict__.pop("_ddp", None)
+            self.__dict__.pop("wrapper_note", None)
             self._known_answers.ask(self, besides=task)
             self.task_state.task_before = self.task_state.task
             self.task_state.learning = task
             self.task_state.choice.set(task)
-            self._settle()
+            self.settle()
             self.guard_anew()
             self.mask_scale = self.s_max
             self.zero_grad(set_to_none=True)
@@ -304,8 +302,8 @@ class HatModel(fx.GraphModule):
                 wrapped, removed or added. The task is still open; `abort_task` undoes it.
         """
         task = self._require_open("end_task")[1].task
-        changed = self._put_right()
-        guard = self._guard
+        changed = self.put_right()
+        guard = self.guard
         assert guard is not None
         # Before anything that may raise on one rank alone, where the others would wait for it.
         ranks.agree(self, guard)
@@ -399,10 +397,10 @@ class HatModel(fx.GraphModule):
 
         Layers whose features meet (a residual stream) have the same mask.
         """
-        self._check_task(task)
+        self.check_task(task)
         state = self.task_state
         masks = state.masks_from(state.binary(task).to(state.scale.dtype))
-        return {owner: masks[name] > 0 for owner, name in self._owners.items()}
+        return {owner: masks[name] > 0 for owner, name in self.plan.owners.items()}
 
     def regularization(self, per_layer: bool = True, quota: bool = True) -> Tensor:
         """Equation 5 for the open task, a scalar to be added to the loss; see `capacity_regularization`.
@@ -422,7 +420,7 @@ class HatModel(fx.GraphModule):
 
     # Internals -------------------------------------------------------------------------------------------------------
 
-    def _check_task(self, task: int) -> None:
+    def check_task(self, task: int) -> None:
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
             raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
 
@@ -430,18 +428,18 @@ class HatModel(fx.GraphModule):
         if isinstance(task, Tensor):
             check_tasks(self, task)
             return self.task_state.task, task.clone()
-        self._check_task(task)
+        self.check_task(task)
         return task, None
 
     def _require_open(self, call: str) -> tuple[Guard, OpenTask]:
-        if self._guard is None or self._open is None:
+        if self.guard is None or self._open is None:
             raise TaskError(f"{call}() needs an open task: call begin_task() first")
-        return self._guard, self._open
+        return self.guard, self._open
 
     @property
     def values_before(self) -> dict[str, Tensor] | None:
         """What `abort_task` returns to: every parameter and buffer, by name; None while no task is open."""
-        return None if self._guard is None or self._guard.task is None else self._guard.saved
+        return None if self.guard is None or self.guard.task is None else self.guard.saved
 
     def guard_anew(
         self,
@@ -453,44 +451,44 @@ class HatModel(fx.GraphModule):
 
         `built`: keep a copy of what finished tasks own at once.
         """
-        old, standing, task = self._guard, self.standing, self.active_task
+        old, standing, task = self.guard, self.standing, self.active_task
         guarded = task is not None or any(self.task_state.finished)
         guard = Guard(self, task, dict(saved) if saved else None, tensors) if guarded else None
         opened = None if task is None else OpenTask(self.task_state, task)
         if guard is not None:
             guard.build() if built or (old is not None and old.is_built) else guard.watch()
-        self.__dict__.update(_guard=guard, _open=opened)
+        self.__dict__.update(guard=guard, _open=opened)
         for watcher in standing:
             watcher.disarm()
 
     @property
     def standing(self) -> list[Guard | OpenTask]:
         """What watches the steps of optimizers for this model."""
-        return [watcher for watcher in (self._guard, self._open) if watcher is not None]
+        return [watcher for watcher in (self.guard, self._open) if watcher is not None]
 
     def _look_after(self, training: bool = False) -> None:
         """Put right what finished tasks own before it is used, if anything seems to have been written to."""
-        if self._guard is not None:
-            self._guard.check(training)
+        if self.guard is not None:
+            self.guard.check(training)
 
-    def _put_right(self) -> dict[str, int]:
+    def put_right(self) -> dict[str, int]:
         """Put back all that finished tasks own, also into parameters that have become other objects."""
         if not can_be_looked_at():
             return {}
-        if self._guard is not None and not self._guard.is_of(self):
-            self._guard.check_fit(self)
-            if self._guard.is_built:
-                self.guard_anew(self._guard.saved)
-        return {} if self._guard is None else self._guard.put_right()
+        if self.guard is not None and not self.guard.is_of(self):
+            self.guard.check_fit(self)
+            if self.guard.is_built:
+                self.guard_anew(self.guard.saved)
+        return {} if self.guard is None else self.guard.put_right()
 
     def _close(self, tensors: dict[str, Tensor] | None = None) -> None:
         self.task_state.learning = None
         self.zero_grad(set_to_none=True)
-        self._settle()
+        self.settle()
         self.guard_anew(tensors=tensors)
         self.eval()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
         self.task_state.trainable.settle(self)
 
@@ -541,9 +539,9 @@ def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...
 
 def _after_loading(model: HatModel, incompatible: Any) -> None:
     """Take over the task state that was loaded; a model that was not at that point yet guards what was loaded."""
-    model._settle()
+    model.settle()
     model._known_answers.forget()
-    same = model._guard is not None and model._guard.is_for(model)
+    same = model.guard is not None and model.guard.is_for(model)
     model.guard_anew(model.values_before if same else None)
 
 
@@ -565,7 +563,7 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, _guard=None, _open=None, _known_answers=KnownAnswers())
+    model.__dict__.update(state, guard=None, _open=None, _known_answers=KnownAnswers())
     model._install(graphs)
     model.guard_anew(saved, built=built)
     return model

@@ -76,16 +76,16 @@ def notice(model: HatModel, wrapper: DistributedDataParallel) -> None:
         return
     if torch.compiler.is_compiling():
         # Nothing here may break the graph; ranks that drift apart are found when the task ends.
-        model.__dict__["_ddp"] = Note(wrapper.process_group, wrapper.device, None)
+        model.__dict__["wrapper_note"] = Note(wrapper.process_group, wrapper.device, None)
         return
-    note = model._ddp
+    note = model.wrapper_note
     if note is not None and note.wrapper is not None and note.wrapper() is wrapper:
         return
     # Called by a module in the wrapper, but not of it: another one's teacher, for example.
     if wrapper.process_group.size() == 1 or all(module is not model for module in wrapper.module.modules()):
         return
     _check_wrapper(model, wrapper, task)
-    model.__dict__["_ddp"] = Note(wrapper.process_group, wrapper.device, weakref.ref(wrapper))
+    model.__dict__["wrapper_note"] = Note(wrapper.process_group, wrapper.device, weakref.ref(wrapper))
 
 
 def _check_wrapper(model: HatModel, wrapper: DistributedDataParallel, task: int) -> None:
@@ -122,7 +122,7 @@ def agree(model: HatModel, guard: Guard) -> None:
     Raises:
         HatError: something is not the same on every rank that should be.
     """
-    note = model._ddp
+    note = model.wrapper_note
     if note is None or not distributed.is_initialized() or note.group.size() == 1:
         return
     fixed, free = _fixed_and_free(model, guard)
@@ -146,7 +146,7 @@ def agree(model: HatModel, guard: Guard) -> None:
         )
     if _differing(buffers):
         _take_over(free, note)
-    model.__dict__.pop("_ddp")
+    model.__dict__.pop("wrapper_note")
 
 
 def _fixed_and_free(model: HatModel, guard: Guard) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -44,7 +44,7 @@ def converted(model: HatModel) -> list[Converted]:
     entries = {e.name: e for e in model.census if e.kind == "parameter" and e.name in after}
     rows: dict[str, list[str]] = {}
     for name in entries:
-        rows.setdefault(name if name in model._owners else name.rpartition(".")[0] or name, []).append(name)
+        rows.setdefault(name if name in model.plan.owners else name.rpartition(".")[0] or name, []).append(name)
     masks = model.masks(0)
     return [
         Converted(

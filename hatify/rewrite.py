@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -52,6 +52,20 @@ def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Seq
 def _inside(name: str, plan: Plan) -> bool:
     """Whether a parameter or buffer belongs to a module that has a policy of its own."""
     return any(name.startswith(f"{path}.") for path in plan.modules)
+
+
+def class_counts(num_tasks: int, num_classes: int | Iterable[int] | None) -> list[int] | None:
+    """The number of classes of each of `num_tasks` tasks, or None.
+
+    Raises:
+        ValueError: there is not one positive integer for each.
+    """
+    if num_classes is None:
+        return None
+    classes = list(num_classes) if isinstance(num_classes, Iterable) else [num_classes] * num_tasks
+    if len(classes) != num_tasks or not all(type(n) is int and n > 0 for n in classes):
+        raise ValueError(f"num_classes must be a positive integer or {num_tasks} of them, not {num_classes!r}")
+    return classes
 
 
 def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int]) -> PerTask:

@@ -72,8 +72,8 @@ def save(model: HatModel, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, HatModel):
         raise CheckpointError(f"expected a converted model itself, not {type(model).__name__} (which may hold one)")
     folder = Path(path).absolute()
-    model.__dict__["_origin"] = model._origin.resolved()
-    model._put_right()
+    model.__dict__["origin"] = model.origin.resolved()
+    model.put_right()
     stamp = uuid.uuid4().hex
     description, tensors = json.dumps(describe(model) | {"weights": stamp}, indent=2), _stored(model)
     with _failures_named(folder):
@@ -180,7 +180,7 @@ def _failures_named(folder: Path) -> Iterator[None]:
 
 def describe(model: HatModel) -> dict[str, Any]:
     """What ``hatify.json`` says of a model."""
-    origin = model._origin.resolved()
+    origin = model.origin.resolved()
     assert origin.architecture is not None
     trainable = model.task_state.trainable.names
     description = {
@@ -375,7 +375,7 @@ def _converted(description: dict[str, Any], tensors: dict[str, Tensor], net: nn.
             keep_interface(model, net)
         for count, num_classes in description["tasks_added"]:
             model.add_tasks(count, num_classes)
-    model.__dict__["_origin"] = Origin(**{**vars(model._origin), "architecture": architecture, "arguments": options})
+    model.__dict__["origin"] = Origin(**{**vars(model.origin), "architecture": architecture, "arguments": options})
     if description["format"] == WITHOUT_PLAN and layout_digest(model) != description["layout"]:
         versions = ", ".join(f"{package} {number}" for package, number in description["versions"].items())
         raise CheckpointError(
@@ -390,7 +390,7 @@ def layout_digest(model: HatModel) -> str:
     digest = hashlib.sha256()
     state = model.task_state
     policies = [(e.name, e.kind, str(e.policy), e.shape) for e in model.census]
-    digest.update(repr((policies, state.groups, state.index_names, model._owners)).encode())
+    digest.update(repr((policies, state.groups, state.index_names, model.plan.owners)).encode())
     tensors = [getattr(state, f"index_{i}") for i in range(len(state.index_names))]
     for name, uses in model.uses.items():
         digest.update(name.encode())

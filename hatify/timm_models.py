@@ -114,7 +114,7 @@ def keep_interface(model: HatModel, net: Any) -> None:
     (What is added refers to parts of the model or to names, never to the model itself, so that copies and pickles take
     it along.)
     """
-    classes = model._origin.arguments["num_classes"]
+    classes = model.origin.arguments["num_classes"]
     if isinstance(classes, list):
         model.num_classes = tuple(classes)
     model._register_load_state_dict_pre_hook(OriginalWeights.of(model))

@@ -179,7 +179,7 @@ class OriginalWeights:
 
 def _fresh_heads(model: HatModel) -> tuple[str, ...]:
     """Prefixes of the output layers that were made afresh, each with a number of classes of its own."""
-    if model._origin.arguments["num_classes"] is None:
+    if model.origin.arguments["num_classes"] is None:
         return ()
     return tuple({f"{e.name.rpartition('.')[0]}." for e in model.census if e.policy is Policy.HEAD})
 

@@ -244,12 +244,12 @@ def locks(model: HatModel, task: int) -> dict[str, Tensor]:
 @contextmanager
 def unguarded(model: HatModel) -> Iterator[None]:
     """Within the context, nothing puts back what is written to a finished task's weights."""
-    guard = model._guard
-    model.__dict__["_guard"] = None
+    guard = model.guard
+    model.__dict__["guard"] = None
     try:
         yield
     finally:
-        model.__dict__["_guard"] = guard
+        model.__dict__["guard"] = guard
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def condition(model):
         "each": state.choice.of_samples,
         "names": state.tensor_names,
         "graph": model.code,
-        "origin": model._origin.added,
+        "origin": model.origin.added,
     }
 
 
@@ -195,7 +195,7 @@ def test_ctrl_c_in_add_tasks():
         assert same(answers(model), answers(two_finished()))
         assert {len(m) for m in model.modules() if isinstance(m, hatify.nn.per_task.PerTask)} == {model.num_tasks}
         assert len(model.task_state.finished) == len(model.task_state.finished_masks) == model.num_tasks
-        assert len(model._origin.added) == (model.num_tasks - 3) // 2
+        assert len(model.origin.added) == (model.num_tasks - 3) // 2
         model.begin_task(model.num_tasks - 1)
         model.abort_task()
     assert 3 in seen

@@ -178,7 +178,7 @@ def test_whole_heads_go_and_the_stream_with_its_raw_parameters(fused: bool) -> N
     slots = state.masks_from(torch.arange(state.num_slots, dtype=torch.float64))
     on = every_third(state.num_slots)
     heads = torch.tensor([True, False, True, False]).view(1, 4, 1).expand(3, 4, 3).flatten()
-    on[slots[model._owners["qkv"]].long()] = heads
+    on[slots[model.plan.owners["qkv"]].long()] = heads
     finish(model, 0, lambda _: on)
     compact = hatify.extract_task(model, 0)
     stream = int(model.masks(0)["words"].sum())

@@ -419,7 +419,7 @@ def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(most
     monkeypatch.setattr("hatify.lock.entries.MOST", most)
     model, expected = opened_model()
     before = model.get_parameter("conv.weight").detach().clone()
-    (lock,) = [p.lock.expand(p.parameter.shape) for p in model._guard.partial if p.name == "conv.weight"]
+    (lock,) = [p.lock.expand(p.parameter.shape) for p in model.guard.partial if p.name == "conv.weight"]
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
     for step in range(3):
         step_of(model, optimizer, step=step)

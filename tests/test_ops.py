@@ -66,7 +66,7 @@ def converted(between: Callable[[Net, Tensor], Tensor], after: Callable[[Tensor]
 
 
 def locked_in_second(model: Any) -> Tensor:
-    (lock,) = [p.lock.expand(8, 8) for p in model._guard.partial if p.name == "second.weight"]
+    (lock,) = [p.lock.expand(8, 8) for p in model.guard.partial if p.name == "second.weight"]
     return lock
 
 

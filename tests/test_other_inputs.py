@@ -305,7 +305,7 @@ def test_indices_that_are_drawn_at_random() -> None:
     model.begin_task(0)
     half_on(model, 0, random.Random(0))
     model.end_task()
-    (lock,) = [p.lock.expand(8, 8) for p in model._guard.partial if p.name == "second.weight"]
+    (lock,) = [p.lock.expand(8, 8) for p in model.guard.partial if p.name == "second.weight"]
     assert torch.equal(lock, model.masks(0)["second"][:, None].expand(8, 8))  # whatever the columns read
 
 

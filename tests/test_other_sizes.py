@@ -317,7 +317,7 @@ def test_what_short_inputs_lack_is_told_by_longer_ones() -> None:
     half_on(model, 0, random.Random(0))
     model.end_task()
     masks = model.masks(0)
-    (lock,) = [p.lock.expand(8, 8) for p in model._guard.partial if p.name == "near.weight"]
+    (lock,) = [p.lock.expand(8, 8) for p in model.guard.partial if p.name == "near.weight"]
     assert torch.equal(lock, masks["near"][:, None] & masks["first"])
 
 

@@ -216,9 +216,9 @@ def test_a_model_that_only_answers_keeps_no_copy(model: HatModel, tmp_path) -> N
     hatify.save(model, tmp_path / "model")
     loaded = hatify.load(tmp_path / "model", SmallNet())
     assert same(answers(loaded), answers(model))
-    assert not loaded._guard.is_built and model._guard.is_built
+    assert not loaded.guard.is_built and model.guard.is_built
     loaded(images()).sum().backward()
-    assert loaded._guard.is_built
+    assert loaded.guard.is_built
 
 
 @pytest.mark.parametrize("through_data", [False, True])

@@ -637,7 +637,7 @@ NAMES = [
     "recompile",
     "shape",
     "training_",
-    "_guard",
+    "guard",
     "_graph",
     "_owners",
 ]

@@ -84,7 +84,7 @@ def convert(
             heads={"auto": "auto", "none": None}.get(heads, heads.split(",")),
             mask_init=mask_init if mask_init in ("dense", "normal") else _number("--mask-init", mask_init),
         )
-        result.__dict__["_origin"] = replace(result._origin, architecture=architecture)
+        result.__dict__["origin"] = replace(result.origin, architecture=architecture)
         if architecture.kind == "timm":
             from hatify.timm_models import keep_interface
 

@@ -1,0 +1,126 @@
+"""What each fast path for the CPU earns: the same step or pass of a converted network without it, and with it, in turn.
+
+A ratio of 1.03 says that going without makes a step 3 % longer.
+
+    python benchmarks/fast_paths.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hatify.lock.still import Still
+from hatify.nn import layer_norm
+from overhead import CLASSES, SETTINGS, Setting, Trainee, converted, paired
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def always_put_back() -> Iterator[None]:
+    """Locked entries are put back after every step, whatever it may have moved."""
+    with patch.object(Still, "moved", lambda self, owned, optimizer, decay: owned):
+        yield
+
+
+@contextmanager
+def layer_norm_by_elementary_operations() -> Iterator[None]:
+    """Without the hand-derived gradient of layer normalisation over active features."""
+
+    def apply(*inputs: Any) -> tuple[torch.Tensor]:
+        return (layer_norm.composite(*inputs),)
+
+    with patch.object(layer_norm._MaskedLayerNorm, "apply", apply):
+        yield
+
+
+@contextmanager
+def nothing_remembered() -> Iterator[None]:
+    """Masks are multiplied into the parameters of finished tasks at every pass."""
+
+    def compute_again(module: Any, mask: Any, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+    with (
+        patch("hatify.nn.layers.remembered", compute_again),
+        patch("hatify.nn.norms.remembered", compute_again),
+        patch.object(layer_norm, "remembered", compute_again),
+    ):
+        yield
+
+
+def rows(setting: Setting, steps: int) -> Iterator[Row]:
+    """A training step without putting back sparingly and without the layer norm, an evaluation without remembering."""
+    torch.manual_seed(0)
+    plain = timm.create_model(setting.model, num_classes=CLASSES).train()
+    trainee = Trainee(converted(plain, setting), setting)
+
+    def without(fast_path: Callable[[], Any], action: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with fast_path():
+                action()
+
+        return run
+
+    what = {"model": setting.model, "optimizer": setting.optimizer, "batch": len(trainee.images)}
+    training = {
+        "puts back only what a step may have moved": always_put_back,
+        "layer norm with a hand-derived gradient": layer_norm_by_elementary_operations,
+    }
+    for name, fast_path in training.items():
+        if fast_path is always_put_back or any(isinstance(m, torch.nn.LayerNorm) for m in plain.modules()):
+            yield {"row": name, **what, **paired(trainee.train, without(fast_path, trainee.train), steps)}
+    trainee.network.end_task()
+    trainee.network.set_task(0)
+    evaluation = without(nothing_remembered, trainee.evaluate)
+    yield {"row": "remembers masked weights", **what, **paired(trainee.evaluate, evaluation, 2 * steps)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30, help="pairs of steps")
+    parser.add_argument("--models", default="*", help="names to measure, with wildcards")
+    parser.add_argument("--output", type=Path, default=RESULTS / "fast_paths.json")
+    args = parser.parse_args()
+    found: list[Row] = []
+    table = Table("fast path", "model", "without ÷ with", "quartiles")
+    for setting in SETTINGS:
+        if not fnmatch.fnmatch(setting.model, args.models):
+            continue
+        steps = 4 * args.steps if setting.edge < 100 else args.steps
+        for row in rows(setting, steps):
+            row = {key: value for key, value in row.items() if key not in ("plain_ms", "converted_ms")}
+            found.append(row)
+            table.add_row(row["row"], row["model"], f"{row['ratio']:.3f}", str(row["quartiles"]))
+            args.output.write_text(
+                json.dumps(
+                    {
+                        "rows": found,
+                        "threads": torch.get_num_threads(),
+                        "torch": torch.__version__,
+                        "python": platform.python_version(),
+                    },
+                    indent=2,
+                )
+                + "\n"
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
