@@ -388,12 +388,16 @@ def pad(call: Call) -> Labels:
 
 def _padded_by_sizes(call: Call, padding: Sequence[int], mode: str) -> Labels:
     """Labels of what is padded or, by negative amounts, cropped; None where it cannot be told what lies where."""
-    labels = call.label(0)
-    dims = {labels.ndim - 1 - i // 2 for i in range(len(padding))}
-    if any(call.free.follows(node) for node in _amounts(call)):
-        return _alike(call, labels, dims)
-    cropped = {labels.ndim - 1 - i // 2 for i, n in enumerate(padding) if n < 0 or mode != "constant"}
-    return _alike(call, labels, call.free.dims(call.given(0, "input")) & cropped)
+    labels, given = call.label(0), call.given(1, "pad")
+    free = call.free.dims(call.given(0, "input"))
+    dims = set()
+    for i, n in enumerate(padding):
+        dim = labels.ndim - 1 - i // 2
+        amount = given[i] if isinstance(given, (tuple, list)) else given
+        by_size = isinstance(amount, fx.Node) and call.free.follows(amount)
+        if by_size or (dim in free and (n < 0 or mode != "constant")):
+            dims.add(dim)
+    return _alike(call, labels, dims)
 
 
 def like_the_first(removal: Removal, call: Call) -> bool:
