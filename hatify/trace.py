@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import operator
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from hatify.answers import AnsweringTracer, check_argument, factories_recorded
 from hatify.errors import ConversionError
 from hatify.nn.functional import by_mode
+from hatify.notrace import timm_functions, timm_modules
 from hatify.ops import OPERATIONS
 
 #: Subclasses of these stay whole: what their ``forward`` does to the weight decides how the weight may be shared.
@@ -231,8 +231,7 @@ def _trace_strictly(net: nn.Module, arguments: dict[str, Any], leaves: frozenset
     timm registers some modules for reasons that have gone since, and a module that is kept whole shares nothing between
     tasks; so each type is opened first, and closed where that fails.
     """
-    notrace, functions = _timm_registrations()
-    functions = (*functions, *_registered_functions())
+    notrace, functions = timm_modules(), (*timm_functions(), *_registered_functions())
     closed: set[type[nn.Module]] = set()
     while True:
         tracer = HatTracer(leaves, tuple(closed), functions, proxy_buffers, arguments)
@@ -378,12 +377,3 @@ def _registered_functions() -> list[Callable[..., Any]]:
     """Functions of Python that are registered as operations, and that torch would not record by itself."""
     recorded = torch.overrides.get_testing_overrides()
     return [target for target in OPERATIONS if isinstance(target, FunctionType) and target not in recorded]
-
-
-def _timm_registrations() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
-    """timm's ``notrace`` modules and functions, if timm is in use."""
-    if "timm" not in sys.modules:
-        return (), ()
-    from timm.layers import get_notrace_functions, get_notrace_modules
-
-    return tuple(get_notrace_modules()), tuple(get_notrace_functions())

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hatify.answers import asks
 from hatify.axes import Axis, Dims, Moved
 from hatify.labels import ON, ZERO, compact, is_raw, varying_dims
+from hatify.notrace import timm_functions
 from hatify.ops import resize
-from hatify.ops.registry import Along, Call, Labels, Trait, alike, behind, constant_labels, op
+from hatify.ops.registry import Along, Call, Labels, Operation, Trait, alike, behind, constant_labels, op
 
 if TYPE_CHECKING:
     from hatify.removal import Removal
@@ -222,6 +223,10 @@ def concatenated(removal: Removal, call: Call) -> bool:
     return True
 
 
+#: Functions that timm keeps tracing out of, and that are found to move: partitions into windows, and reshapes.
+_OF_TIMM = Operation(run_on_labels, frozenset({Trait.MOVES, Trait.KEEPS_ORDER}), moved)
+
+
 # The movements -------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +289,9 @@ def found_to_move(call: Call) -> Labels:
     """
     if call.node.op != "call_function" or not call.args or not isinstance(call.args[0], Tensor):
         return None
-    if call.node.target not in torch.overrides.get_testing_overrides():
+    if call.node.target in timm_functions():
+        call.operation = _OF_TIMM
+    elif call.node.target not in torch.overrides.get_testing_overrides():
         return None  # code of others, which may do something else with other sizes or values
     others = tree_leaves((call.args[1:], call.kwargs))
     if any(isinstance(t, Tensor) and t.is_floating_point() for t in others):
