@@ -49,9 +49,10 @@ class Free:
             if value == first:
                 continue
             self._differing.add(node)
-            if isinstance(value, torch.Size) and isinstance(first, torch.Size):
-                alike = len(value) == len(first)
-                dims = {d for d, n in enumerate(value) if not alike or n != first[d]}
+            pairs = [(first, value)] if isinstance(value, torch.Size) else _pairs(first, value)
+            for then, now in pairs:
+                alike = len(then) == len(now)
+                dims = {d for d, n in enumerate(now) if not alike or n != then[d]}
                 self._dims.setdefault(node, set()).update(dims)
 
     def learn_inputs(self, inputs: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ class Free:
         return found
 
     def dims(self, node: object) -> set[int]:
-        """The dimensions of the output of `node` whose size is free."""
+        """The dimensions of the output of `node`, or of any tensor in it, whose size is free."""
         return self._dims.get(node, set()) if isinstance(node, fx.Node) else set()
 
     def follows(self, node: fx.Node) -> bool:
@@ -86,6 +87,13 @@ class Free:
                 seen.add(current)
                 waiting.extend(current.all_input_nodes)
         return False
+
+
+def _pairs(first: Any, value: Any) -> list[tuple[torch.Size, torch.Size]]:
+    """The shapes of what lies at one place in two containers; those of more or fewer tensors belong to none."""
+    if not isinstance(first, tuple) or not isinstance(value, tuple):
+        return []
+    return [(first[i] if i < len(first) else torch.Size(), shape) for i, shape in enumerate(value)]
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -107,4 +115,6 @@ class Watching(fx.Interpreter):
             self.seen[n] = out.shape
         elif isinstance(out, (int, float, torch.Size)):
             self.seen[n] = out
+        elif isinstance(out, (tuple, list)):
+            self.seen[n] = tuple(t.shape for t in out if isinstance(t, Tensor))
         return out

@@ -144,6 +144,8 @@ TOKENS: dict[str, Between | tuple[Between, int]] = {
     "one position, if it is there": lambda net, h: torch.cat((net.near(h[:, :2]), net.far(h[:, 2:])), 1)[:, 3:4],
     "one of what is stacked": lambda net, h: torch.stack((h, net.near(h)), 0).unbind(0)[h.shape[1] // 13 % 2],
     "a piece of what is stacked": lambda net, h: torch.stack((h, net.near(h)), 0).chunk(2, 0)[h.shape[1] // 13 % 2][0],
+    "put together again": lambda net, h: torch.cat(cut(net, h).split(2, 1), 1)[:, -4],
+    "pieces of features put together again": lambda net, h: torch.cat(h.split(4, -1), -1),
     "rolled features": lambda net, h: h.roll(h.shape[1] // 6, -1),
     "one of the pieces": lambda net, h: h.repeat(1, 1, 2).split(8, -1)[h.shape[1] // 13 % 2],
     "like another tensor": lambda net, h: h + torch.arange(8).to(h) + net.rows[0].type_as(h),

@@ -109,14 +109,15 @@ def _alike(call: Call, labels: Tensor, dims: set[int]) -> Labels:
     return _read_anywhere(call, labels, dims)
 
 
-def _joined_by_sizes(call: Call, source: Sequence[object], labels: Sequence[Labels], along: Along) -> Labels:
+def _joined_by_sizes(call: Call, source: object, labels: Sequence[Labels], along: Along) -> Labels:
     """The labels of tensors that are joined; alike where sizes say which of them lies where."""
     tensors = [label for label in labels if isinstance(label, Tensor)]
     dim = call.argument(*along)
     if len(tensors) < len(labels) or not isinstance(dim, int):
         return labels
     dim %= call.out.ndim
-    if not any(dim in call.free.dims(piece) for piece in source):
+    pieces = source if isinstance(source, (tuple, list)) else [source]
+    if not any(dim in call.free.dims(piece) for piece in pieces):
         return labels
     filled = [label for label in tensors if label.numel()]
     if len({label.ndim for label in tensors}) > 1 or all(map(is_raw, filled)):
@@ -207,7 +208,10 @@ def _settled(index: Tensor) -> Tensor:
 
 def concatenated(removal: Removal, call: Call) -> bool:
     """Each part lies in its place along one dimension; the other dimensions are the same."""
-    parts = [removal.dims(n) for n in call.given(0, "tensors")]
+    given = call.given(0, "tensors")
+    if not isinstance(given, (tuple, list)):
+        return False  # as many as there are at a time
+    parts = [removal.dims(n) for n in given]
     out, dim = removal.axes[call.node], call.argument(1, "dim", 0)
     if any(not isinstance(p, Dims) or len(p) != len(out) for p in parts) or not isinstance(dim, int):
         return False
