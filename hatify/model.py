@@ -418,9 +418,10 @@ class HatModel(fx.GraphModule):
         capacity = opened.capacity if per_layer else opened.capacity_of_all
         return capacity_regularization(gates, capacity, self.num_tasks, quota)
 
-    # Internals -------------------------------------------------------------------------------------------------------
+    # What the functions above are made of ----------------------------------------------------------------------------
 
     def check_task(self, task: int) -> None:
+        """Raise a `TaskError` unless there is such a task."""
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
             raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
 

@@ -293,9 +293,8 @@ def found_to_move(call: Call) -> Labels:
     """
     if call.node.op != "call_function" or not call.args or not isinstance(call.args[0], Tensor):
         return None
-    if call.node.target in timm_functions():
-        call.operation = _OF_TIMM
-    elif call.node.target not in torch.overrides.get_testing_overrides():
+    of_timm = call.node.target in timm_functions()
+    if not of_timm and call.node.target not in torch.overrides.get_testing_overrides():
         return None  # code of others, which may do something else with other sizes or values
     others = tree_leaves((call.args[1:], call.kwargs))
     if any(isinstance(t, Tensor) and t.is_floating_point() for t in others):
@@ -319,6 +318,8 @@ def found_to_move(call: Call) -> Labels:
         inside = (numbered >= 0) & (numbered <= x.numel()) & (numbered == numbered.round())
         if not inside.all() or not torch.equal(values[numbered.long()], value):
             return None
+    if of_timm:
+        call.operation = _OF_TIMM
     return run_on_labels(call)
 
 

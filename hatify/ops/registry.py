@@ -1,8 +1,8 @@
 """The registry of operations: all that is known of each, in one record.
 
-A record says how support labels pass through an operation (a function from a `Call` to the labels of the output), what
-kind of operation it is (its `Trait`\\ s), and how it does without features that a task has off. Register it with the
-functions, tensor method names and module types it is for::
+A record says how support labels pass through an operation (a function from a `Call` to the labels of the output), of
+what kind it is (each a `Trait`), and how it does without features that a task has off. Register it with the functions,
+tensor method names and module types it is for::
 
     @op(torch.relu, F.relu, "relu", nn.ReLU, traits={Trait.ELEMENTWISE}, cut=alike)
     def zero_preserving(call):
