@@ -1,131 +1,136 @@
-"""Axes: the dimensions of values in a graph, which of their indices are kept, and what relates them.
+"""Axes: how the dimensions of an operation's operands and outputs belong together.
 
-Every dimension of every value in a graph is an axis. Axes that must lose the same indices are one axis; other
-operations relate axes (a concatenation, a reshape, the groups of a convolution).
+What is left of a dimension, once a task's zeros are taken out, is *kept*: bool, shape (size,). An operation says which
+of its dimensions must lose the same indices, by giving them one name (`Axes`), or which element comes from where
+(`Moves`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+Name = str | int
+#: A name for each dimension of a tensor; None for one of size 1, which is spread.
+Names = tuple[Name | None, ...]
+#: What is kept along each dimension of a tensor.
+Kept = tuple[Tensor, ...]
 
 
-class Axis:
-    """The indices of a dimension that are kept: ``kept``, bool, shape (size,)."""
+@dataclass(frozen=True)
+class Axes:
+    """The dimensions around an operation, by name.
 
-    def __init__(self, size: int) -> None:
-        self._kept = torch.full((size,), size == 1)
-        self._same: Axis | None = None
+    A name that no output has is summed over: only the indices at which no operand is zero matter.
 
-    def _root(self) -> Axis:
-        while self._same is not None:
-            self = self._same
-        return self
+    Attributes:
+        operands: the tensors that go in, with the names of their dimensions.
+        outs: the names of the dimensions of each tensor that comes out.
+        whole: names of which everything is needed.
+        needed: indices that are needed whether or not they are wanted.
+        grouped: names that consist of groups, of which each keeps equally many indices, or none.
+        groups: how many groups.
+    """
 
-    @property
-    def kept(self) -> Tensor:
-        return self._root()._kept
-
-    @property
-    def index(self) -> Tensor:
-        """The kept indices, int64."""
-        return self.kept.nonzero().squeeze(1)
-
-    @property
-    def cut(self) -> bool:
-        """Whether any index is left out."""
-        return not bool(self.kept.all())
-
-    def keep(self, needed: Tensor | bool = True) -> bool:
-        """Keep the indices at which `needed` is True, too; whether that changed anything."""
-        root = self._root()
-        before, root._kept = root._kept, root._kept | needed
-        return not torch.equal(before, root._kept)
-
-    def join(self, other: Axis) -> None:
-        """From now on, the two are one axis."""
-        a, b = self._root(), other._root()
-        if a is not b:
-            a.keep(b._kept)
-            b._same = a
+    operands: tuple[tuple[fx.Node, Names], ...]
+    outs: tuple[Names, ...]
+    whole: frozenset[Name] = frozenset()
+    needed: Mapping[Name, Tensor] = field(default_factory=dict)
+    grouped: tuple[Name, ...] = ()
+    groups: int = 1
 
 
-class Dims(list[Axis]):
-    """The axes of a tensor."""
+@dataclass(frozen=True)
+class Source:
+    """A tensor whose elements an operation moves.
 
-    def keep(self) -> None:
-        for axis in self:
-            axis.keep()
+    Attributes:
+        node: the tensor.
+        maps: for each of its dimensions, and each output: the index + 1 along it of each element of the output, with
+            size 1 where that is constant. None for dimensions of size 1.
+        inside: for each output, which elements come from here.
+    """
+
+    node: fx.Node
+    maps: tuple[tuple[Tensor, ...] | None, ...]
+    inside: tuple[Tensor, ...]
 
 
-class Relation(Protocol):
-    """What holds between axes that are not one."""
-
-    def grow(self) -> bool:
-        """Keep what follows from what is kept; whether that changed anything."""
-
-
-@dataclass
-class Moved:
+@dataclass(frozen=True)
+class Moves:
     """An operation that moves elements.
 
     Attributes:
-        sources: axes of the input, each with its index + 1 for every element of the output (0: from elsewhere).
-        out: axes of the output; those that no source varies along do not matter.
+        sources: the tensors that go in.
+        shapes: of the outputs.
+        loose: dimensions of the sources along which other inputs may be read at other indices.
+        by_shape: operands of which only the shape is read, which is that of the output.
     """
 
-    sources: list[tuple[Axis, Tensor]]
-    out: Dims
+    sources: tuple[Source, ...]
+    shapes: tuple[torch.Size, ...]
+    loose: frozenset[int] = frozenset()
+    by_shape: tuple[fx.Node, ...] = ()
 
-    def grow(self) -> bool:
-        shape = torch.broadcast_shapes(*(index.shape for _, index in self.sources))
-        inside = torch.ones(shape, dtype=torch.bool)
-        arrives = inside.clone()
-        for axis, index in self.sources:
-            inside &= index > 0
-            arrives &= axis.kept[(index - 1).clamp(min=0)]
-        changed = False
-        needed = inside.clone()
-        for d, size in enumerate(shape):
-            if size > 1:
-                changed |= self.out[d].keep(any_but(arrives & inside, d))
-                needed &= self.out[d].kept.view(-1, *(1,) * (len(shape) - 1 - d))
-        for axis, index in self.sources:
-            asked = torch.zeros_like(axis.kept)
-            asked[index.expand(shape)[needed] - 1] = True
-            changed |= axis.keep(asked)
-        return changed
+    def asked(self, source: Source, wanted: Sequence[Kept], sizes: Sequence[int]) -> Kept:
+        """What of a source, of these `sizes`, is needed for what is `wanted` of each output."""
+        return tuple(
+            torch.ones(n, dtype=torch.bool) if maps is None or d in self.loose else _read(maps, wanted, n)
+            for d, (maps, n) in enumerate(zip(source.maps, sizes, strict=True))
+        )
 
+    def arriving(self, kept: Sequence[Kept], wanted: Sequence[Kept]) -> tuple[Kept, ...]:
+        """What comes out where `kept` is left of each source; of what comes from elsewhere, what is `wanted`."""
+        return tuple(self._arriving(out, shape, kept, wanted[out]) for out, shape in enumerate(self.shapes))
 
-@dataclass
-class Grouped:
-    """Input and output features in groups, of which each keeps equally many, or none."""
-
-    read: Axis
-    written: Axis
-    groups: int
-    nonzero: Tensor
-
-    def grow(self) -> bool:
-        read, written, nonzero = (t.view(self.groups, -1) for t in (self.read.kept, self.written.kept, self.nonzero))
-        read = read | (nonzero & written.any(1, keepdim=True))
-        alive = (read.any(1) | written.any(1)).unsqueeze(1)
-        changed = [
-            axis.keep(_levelled(kept, alive).flatten()) for axis, kept in ((self.read, read), (self.written, written))
-        ]
-        return any(changed)
+    def _arriving(self, out: int, shape: torch.Size, kept: Sequence[Kept], wanted: Kept) -> Kept:
+        covered, arrives = (torch.zeros((1,) * len(shape), dtype=torch.bool) for _ in range(2))
+        for source, own in zip(self.sources, kept, strict=True):
+            left = source.inside[out]
+            for maps, axis in zip(source.maps, own, strict=True):
+                if maps is not None:
+                    left = left & axis[(maps[out] - 1).clamp(min=0)]
+            covered, arrives = covered | source.inside[out], arrives | left
+        covered, arrives = covered.expand(shape), arrives.expand(shape)
+        return tuple(
+            any_but(arrives, d) | (own & any_but(~covered, d)) if size > 1 else torch.ones(size, dtype=torch.bool)
+            for d, (size, own) in enumerate(zip(shape, wanted, strict=True))
+        )
 
 
-def _levelled(kept: Tensor, alive: Tensor) -> Tensor:
-    """`kept` (groups, features) with as many features in each group that is alive as the fullest has, at least one."""
-    count = max(1, int(kept.sum(1).max()))
-    first = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-    return kept | (torch.zeros_like(kept).scatter(1, first, True) & alive)
+def _read(maps: tuple[Tensor, ...], wanted: Sequence[Kept], size: int) -> Tensor:
+    """The indices, of `size`, that the wanted part of the outputs is read at."""
+    asked = torch.zeros(size + 1, dtype=torch.bool)
+    for found, dims in zip(maps, wanted, strict=True):
+        for d, own in enumerate(dims):
+            if found.shape[d] > 1:
+                found = found[(slice(None),) * d + (own,)]
+            elif not own.any():
+                found = found[(slice(None),) * d + (slice(0),)]
+        asked[found.flatten()] = True
+    return asked[1:]
+
+
+def levelled(axes: Iterable[Tensor], groups: int) -> list[Tensor]:
+    """What is kept along `axes` that consist of groups, enlarged so that each group that keeps any keeps equally many."""
+    rows = [axis.view(groups, -1) for axis in axes]
+    alive = torch.stack([row.any(1) for row in rows]).any(0).unsqueeze(1)
+    result = []
+    for row in rows:
+        count = max(1, int(row.sum(1).max()))
+        first = (~row).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        result.append((row | (torch.zeros_like(row).scatter(1, first, True) & alive)).flatten())
+    return result
 
 
 def any_but(value: Tensor, dim: int) -> Tensor:
     """Whether anything is True at each index along `dim`."""
     return value.movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
+
+
+def everything(shape: Sequence[int]) -> Kept:
+    """All of a tensor."""
+    return tuple(torch.ones(size, dtype=torch.bool) for size in shape)

@@ -113,6 +113,7 @@ class SupportInterpreter(fx.Interpreter):
             self.space,
             self.findings,
             self._labels_of,
+            self.env.__getitem__,
             self.output_weights,
             node in self.never_masked,
             node in self.unsure,

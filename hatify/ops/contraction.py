@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hatify.answers import asks
-from hatify.axes import Dims
+from hatify.axes import Axes
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.ops import resize
 from hatify.ops.reduction import read_along
 from hatify.ops.registry import Call, Labels, Trait, has_trait, op, sources
 
-if TYPE_CHECKING:
-    from hatify.removal import Removal
-
 #: Names for the dimensions of a batch.
 LETTERS = "abcdefghijkl"
 
 
-def product(removal: Removal, call: Call) -> bool:
+def product(call: Call) -> Axes | None:
     """(… M K) @ (… K N)."""
-    a, b = call.given(0, "input"), call.given(1, "mat2" if call.given(1, "other") is None else "other")
-    ndims = [len(removal.dims(n)) for n in (a, b)]
-    if min(ndims) < 2:
-        return False
-    batch = LETTERS[: max(ndims) - 2]
-    first, second = (batch[max(ndims) - n :] for n in ndims)
-    return removal.contraction([(a, first + "XY"), (b, second + "YZ")], batch + "XZ", call)
+    second = "other" if call.given(1, "mat2") is None else "mat2"
+    a, b = call.argument(0, "input"), call.argument(1, second)
+    if min(a.ndim, b.ndim) < 2:
+        return None
+    batch = LETTERS[: max(a.ndim, b.ndim) - 2]
+    first, other = (batch[len(batch) + 2 - t.ndim :] for t in (a, b))
+    operands = [(call.given(0, "input"), (*first, "X", "Y")), (call.given(1, second), (*other, "Y", "Z"))]
+    return call.axes(operands, (*batch, "X", "Z"))
 
 
 @op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__", cut=product)
@@ -88,19 +86,18 @@ def fold(call: Call) -> Labels:
     return call.space.merge(patches, (-2, -1)).expand(call.out.shape)
 
 
-def attended(removal: Removal, call: Call) -> bool:
+def attended(call: Call) -> Axes | None:
     """softmax(q kᵀ + mask) v: every key is needed."""
-    q, k, v, mask = (call.given(i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
-    ndims = {len(removal.dims(n)) for n in (q, k, v)}
-    if call.kwargs.get("enable_gqa") or len(ndims) > 1:
-        return False
-    batch = LETTERS[: ndims.pop() - 2]
-    removal.dims(k)[-2].keep()
-    if isinstance(mask, fx.Node):
-        removal.elementwise([removal.dims(mask), Dims([*removal.dims(q)[:-1], removal.dims(k)[-2]])])
-    return removal.contraction([(q, batch + "XY"), (k, batch + "JY")], batch + "XZ", call) and removal.contraction(
-        [(v, batch + "JZ")], batch + "XZ", call
-    )
+    q, k, v = ((call.given(i, name), call.argument(i, name)) for i, name in enumerate(("query", "key", "value")))
+    if call.kwargs.get("enable_gqa") or len({t.ndim for _, t in (q, k, v)}) > 1:
+        return None
+    batch = LETTERS[: q[1].ndim - 2]
+    operands = [(q[0], (*batch, "X", "Y")), (k[0], (*batch, "J", "Y")), (v[0], (*batch, "J", "Z"))]
+    bias = call.argument(3, "attn_mask")
+    if isinstance(bias, Tensor):
+        names = (*batch, "X", "J")
+        operands.append((call.given(3, "attn_mask"), names[len(names) - bias.ndim :]))
+    return call.axes(operands, (*batch, "X", "Z"), whole="J")
 
 
 @op(F.scaled_dot_product_attention, cut=attended, resize=resize.scaled_as_before)
@@ -115,15 +112,15 @@ def attention(call: Call) -> Labels:
     return v[..., :1, :].expand(call.out.shape)
 
 
-def by_equation(removal: Removal, call: Call) -> bool:
+def by_equation(call: Call) -> Axes | None:
     """One letter for each axis."""
     equation, *operands = call.node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        return False
+        return None
     inputs, out = equation.replace(" ", "").split("->")
-    return removal.contraction(list(zip(operands, inputs.split(","), strict=True)), out, call)
+    return call.axes(list(zip(operands, map(tuple, inputs.split(",")), strict=True)), tuple(out))
 
 
 @op(torch.einsum, cut=by_equation)
@@ -186,20 +183,16 @@ def is_only_a_weight(parameter: fx.Node) -> bool:
     )
 
 
-def layer_like(removal: Removal, call: Call) -> bool:
+def layer_like(call: Call) -> Axes | None:
     """As a layer: the weight's rows go with the output's features, its columns with the input's."""
     x, weight, bias = (call.given(i, name) for i, name in enumerate(("input", "weight", "bias")))
     if groups_of(call.node) != 1:
-        return False
-    out, read, written = removal.axes[call.node], removal.dims(x), removal.dims(weight)
-    spatial = len(written) - 2
-    for axis in (*written[2:], *(a for dims in (read, out) for a in dims[len(dims) - spatial :])):
-        axis.keep()
-    if isinstance(bias, fx.Node):
-        removal.dims(bias)[0].join(written[0])
-    batch = LETTERS[: len(out) - spatial - 1]
-    positions, edges, taps = ("".join(chr(ord(c) + d) for d in range(spatial)) for c in "mru")
-    return removal.contraction([(x, batch + "X" + positions), (weight, "ZX" + taps)], batch + "Z" + edges, call)
+        return None
+    spatial = call.argument(1, "weight").ndim - 2
+    batch = LETTERS[: call.out.ndim - spatial - 1]
+    positions, edges, taps = (tuple(f"{kind}{d}" for d in range(spatial)) for kind in "xyw")
+    operands = [(x, (*batch, "X", *positions)), (weight, ("Z", "X", *taps)), (bias, ("Z",))]
+    return call.axes(operands, (*batch, "Z", *edges), whole=(*positions, *edges, *taps))
 
 
 @op(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,14 +12,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
-from hatify.axes import Axis, Dims, Moved
+from hatify.axes import Axes, Moves, Source
 from hatify.labels import ON, ZERO, compact, is_raw, varying_dims
 from hatify.notrace import timm_functions
 from hatify.ops import resize
-from hatify.ops.registry import Along, Call, Labels, Operation, Trait, alike, behind, constant_labels, op
-
-if TYPE_CHECKING:
-    from hatify.removal import Removal
+from hatify.ops.registry import Along, Call, Labels, Operation, Trait, aligned, alike, behind, constant_labels, op
 
 #: Names of the argument that is moved.
 _FIRST = ("input", "tensors", "self", "x")
@@ -146,53 +142,50 @@ def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Labels:
 # How extraction cuts ------------------------------------------------------------------------------------------------
 
 
-def moved(removal: Removal, call: Call) -> bool:
-    """Run the operation on the indices of the elements, one dimension at a time."""
-    source = call.node.args[0] if call.node.args else call.node.kwargs.get("input")
-    dims, value = removal.dims(source), removal.env.get(source)  # type: ignore[arg-type]
-    if not isinstance(dims, Dims) or value is None or has_computed_indices(call):
-        return False
-    if not call.has_trait(Trait.KEEPS_ORDER) and any(map(call.free.follows, _amounts(call))):
-        return False  # other sizes move otherwise
-    for other in call.node.all_input_nodes:
-        for indices in tree_leaves(removal.axes[other] if other is not source else None):
-            if isinstance(indices, Dims):
-                indices.keep()
-    outs = [d for d in tree_leaves(removal.axes[call.node]) if isinstance(d, Dims)]
-    if call.is_empty or any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(call.out)):
-        return False  # at other sizes there may be something
-    labels = run_on_labels if call.operation is None else call.operation.labels
-    sources: list[list[tuple[Axis, Tensor]]] = [[] for _ in outs]
-    for d, axis in enumerate(dims):
-        size = value.shape[d]
-        if size == 1:
-            continue
-        index = torch.arange(1, size + 1).view(-1, *(1,) * (value.ndim - 1 - d)).expand(value.shape)
-        found = tree_leaves(labels(replace(call, labels_of=lambda _, index=index: index)))  # type: ignore[misc]
-        for out, pairs, leaf in zip(outs, sources, found, strict=True):
-            if leaf.shape != torch.Size(a.kept.numel() for a in out):
-                return False
-            pairs.append((axis, _settled(leaf)))
-    for out, pairs in zip(outs, sources, strict=True):
-        removal.relations += _changed_places(pairs, out)
-    return True
+def moved(call: Call) -> Moves | None:
+    """Run the operation on the indices of the elements, one dimension of one operand at a time."""
+    name = next((n for n in _FIRST if not call.node.args and n in call.node.kwargs), None)
+    given: Any = call.node.args[0] if name is None else call.node.kwargs[name]
+    pieces = given if isinstance(given, (tuple, list)) else [given]
+    values = [call.value_of(piece) for piece in pieces if isinstance(piece, fx.Node)]
+    outs = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
+    if len(values) < len(pieces) or not all(isinstance(t, Tensor) and t.numel() for t in (*values, *outs)):
+        return None  # at other sizes there may be something
+    loose = _read_otherwise(call, max(t.ndim for t in values))
+    if loose is None:
+        return None
+
+    def run(numbered: int, index: Tensor) -> list[Tensor]:
+        parts = [index if i == numbered else index.new_zeros(()).expand(v.shape) for i, v in enumerate(values)]
+        first = parts[0] if pieces[0] is given else parts
+        moved = _run(call, (first, *call.args[1:]) if name is None else (), {**call.kwargs, **({name: first} if name else {})})
+        return [t for t in tree_leaves(moved) if isinstance(t, Tensor)]
+
+    sources = []
+    for number, value in enumerate(values):
+        # What moves with all the numbers is an element; what stays the same is from elsewhere.
+        none = torch.zeros((), dtype=torch.int64).expand(value.shape)
+        inside = tuple(compact(b - a == 1) for a, b in zip(run(number, none), run(number, none + 1), strict=True))
+        maps: list[tuple[Tensor, ...] | None] = []
+        for d, size in enumerate(value.shape):
+            index = torch.arange(1, size + 1).view(-1, *(1,) * (value.ndim - 1 - d)).expand(value.shape)
+            found = run(number, index) if size > 1 else []
+            kept = tuple(_settled(torch.where(i, t, 0)) for t, i in zip(found, inside, strict=size > 1))
+            maps.append(kept if size > 1 else None)
+        sources.append(Source(pieces[number], tuple(maps), inside))
+    by_shape = [n for n in call.node.all_input_nodes if n not in pieces] if call.has_trait(Trait.BY_SHAPE) else []
+    return Moves(tuple(sources), tuple(t.shape for t in outs), frozenset(loose), tuple(by_shape))
 
 
-def _changed_places(sources: list[tuple[Axis, Tensor]], out: Dims) -> list[Moved]:
-    """Join axes that only changed places; relate the others, those together that meet along a dimension."""
-    rest: list[tuple[set[int], list[tuple[Axis, Tensor]]]] = []
-    for axis, index in sources:
-        varying = {d for d, size in enumerate(index.shape) if size > 1}
-        if not varying:
-            axis.keep(torch.arange(1, axis.kept.numel() + 1) == index.flatten())
-        elif len(varying) == 1 and torch.equal(index.flatten(), torch.arange(1, axis.kept.numel() + 1)):
-            axis.join(out[varying.pop()])
-        else:
-            meeting = [r for r in rest if r[0] & varying]
-            rest = [r for r in rest if not r[0] & varying]
-            members = [pair for _, pairs in meeting for pair in pairs]
-            rest.append((varying.union(*(r[0] for r in meeting)), [*members, (axis, index)]))
-    return [Moved(members, out) for _, members in rest]
+def _read_otherwise(call: Call, ndim: int) -> set[int] | None:
+    """The dimensions along which other inputs may be read at other indices than now; None: any."""
+    if call.node.target is operator.getitem:
+        computed, by_sizes = _dims_of_keys(call, ndim)
+        return computed | by_sizes
+    loose = has_computed_indices(call)
+    if not loose and not call.has_trait(Trait.KEEPS_ORDER):
+        loose = any(map(call.free.follows, _amounts(call)))
+    return _dims_read(call) if loose else set()
 
 
 def _settled(index: Tensor) -> Tensor:
@@ -204,27 +197,6 @@ def _settled(index: Tensor) -> Tensor:
             if bool(((index == high) | (index == 0)).all()):
                 index = high
     return index
-
-
-def concatenated(removal: Removal, call: Call) -> bool:
-    """Each part lies in its place along one dimension; the other dimensions are the same."""
-    given = call.given(0, "tensors")
-    if not isinstance(given, (tuple, list)):
-        return False  # as many as there are at a time
-    parts = [removal.dims(n) for n in given]
-    out, dim = removal.axes[call.node], call.argument(1, "dim", 0)
-    if any(not isinstance(p, Dims) or len(p) != len(out) for p in parts) or not isinstance(dim, int):
-        return False
-    dim, start = dim % len(out), 0
-    for part in parts:
-        size = part[dim].kept.numel()
-        index = torch.zeros(out[dim].kept.numel(), dtype=torch.int64)
-        index[start : start + size] = torch.arange(1, size + 1)
-        if size:
-            removal.relations.append(Moved([(part[dim], index)], Dims([out[dim]])))
-        start += size
-        removal.elementwise([Dims(a for d, a in enumerate(dims) if d != dim) for dims in (part, out)])
-    return True
 
 
 #: Functions that timm keeps tracing out of, and that are found to move: partitions into windows, and reshapes.
@@ -269,7 +241,7 @@ _moving(
     nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     "flip", "tril", "triu", "diagonal", "as_strided", "unfold",
 )  # fmt: skip
-_moving(torch.cat, torch.concat, torch.concatenate, joins=Along(1, "dim", 0), cut=concatenated)
+_moving(torch.cat, torch.concat, torch.concatenate, joins=Along(1, "dim", 0))
 _moving(torch.hstack, joins=Along(1, "dim", 1))
 _moving(torch.vstack, joins=Along(1, "dim", 0))
 
@@ -412,9 +384,9 @@ def _padded_by_sizes(call: Call, padding: Sequence[int], mode: str) -> Labels:
     return _alike(call, labels, dims)
 
 
-def like_the_first(removal: Removal, call: Call) -> bool:
+def like_the_first(call: Call) -> Axes | None:
     """The axes of the output are those of what is cast; what another tensor is asked for is its dtype."""
-    return removal.elementwise([removal.axes[call.node], removal.dims(call.given(0, "self"))])
+    return call.axes([(call.given(0, "self"), aligned(call.out))], aligned(call.out))
 
 
 @op("to", "float", traits={Trait.ELEMENTWISE, Trait.AFTER_HEADS}, cut=like_the_first)

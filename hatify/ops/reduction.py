@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from hatify.axes import Dims
+from hatify.axes import Axes, Names
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
-from hatify.ops.registry import Call, Cut, Labels, Rule, Trait, alike, op
-
-if TYPE_CHECKING:
-    from hatify.removal import Removal
+from hatify.ops.registry import Call, Cut, Labels, Rule, Trait, aligned, alike, op
 
 
 # Within a channel ----------------------------------------------------------------------------------------------------
@@ -44,17 +41,13 @@ def _spatial(positions: int | None) -> Rule:
 def _within_channels(positions: int | None) -> Cut:
     """Pooling and resampling need every position."""
 
-    def cut(removal: Removal, call: Call) -> bool:
-        x = removal.dims(call.given(0, "input"))
-        behind = len(x) - 2 if positions is None else positions
-        for out in tree_leaves(removal.axes[call.node]):
-            for d, axis in enumerate(out):
-                if d < len(out) - behind:
-                    axis.join(x[d])
-                else:
-                    axis.keep()
-                    x[d].keep()
-        return True
+    def cut(call: Call) -> Axes | None:
+        x: Tensor = call.argument(0, "input")
+        behind = x.ndim - 2 if positions is None else positions
+        lead, own = tuple(range(x.ndim - behind)), tuple(f"x{d}" for d in range(behind))
+        made = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
+        outs = [(*lead, *(f"y{d}" for d in range(behind))) for _ in made]
+        return call.axes([(call.given(0, "input"), (*lead, *own))], *outs, whole=(*own, *(f"y{d}" for d in range(behind))))
 
     return cut
 
@@ -112,20 +105,15 @@ def _reduction(place: int) -> Rule:
 def _reduced(place: int) -> Cut:
     """What is reduced over is needed in full."""
 
-    def cut(removal: Removal, call: Call) -> bool:
+    def cut(call: Call) -> Axes | None:
         if isinstance(call.argument(1, "other"), Tensor):
-            return alike(removal, call)
-        x = removal.dims(call.given(0, "input"))
-        reduced = _dims(call.argument(place, "dim"), len(x))
-        kept = Dims(a for d, a in enumerate(x) if d not in reduced)
-        for d in reduced:
-            x[d].keep()
-        for out in tree_leaves(removal.axes[call.node]):
-            left = out if len(out) == len(kept) else Dims(a for d, a in enumerate(out) if d not in reduced)
-            if len(left) != len(kept):
-                return False
-            removal.elementwise([left, kept])
-        return True
+            return alike(call)
+        x: Tensor = call.argument(0, "input")
+        reduced = _dims(call.argument(place, "dim"), x.ndim)
+        left: Names = tuple(d for d in range(x.ndim) if d not in reduced)
+        made = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
+        outs = [left if t.ndim == len(left) else tuple(range(x.ndim)) for t in made]
+        return call.axes([(call.given(0, "input"), tuple(range(x.ndim)))], *outs, whole=reduced)
 
     return cut
 
@@ -158,14 +146,13 @@ def _like_output(call: Call, labels: Tensor) -> Labels:
     return tuple(labels if o.is_floating_point() else call.all_on(o) for o in call.out)
 
 
-def mixed(removal: Removal, call: Call) -> bool:
+def mixed(call: Call) -> Axes | None:
     """What is mixed is needed in full."""
     dim = call.argument(1, "dim", getattr(call.module, "dim", None))
-    x, out = removal.dims(call.given(0, "input")), removal.axes[call.node]
-    if not isinstance(dim, int):
-        return False
-    x[dim].keep()
-    return removal.elementwise([x, out])
+    if not isinstance(dim, int) or not isinstance(call.out, Tensor):
+        return None
+    names = aligned(call.out)
+    return call.axes([(call.given(0, "input"), names)], names, whole=(names[dim],))
 
 
 @op(

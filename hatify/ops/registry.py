@@ -16,27 +16,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from hatify.axes import Axes, Moves, Name, Names
 from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
-
-if TYPE_CHECKING:
-    from hatify.ops.resize import Resizing
-    from hatify.removal import Removal
 
 #: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
 Labels = Any
 Rule = Callable[["Call"], Labels]
-#: Relates the axes around a call, so that what is taken out of one is taken out of the others; False: none may go.
-Cut = Callable[["Removal", "Call"], bool]
+#: How the axes around a call belong together; None: nothing can be taken out of them.
+Cut = Callable[["Call"], Axes | Moves | None]
 #: Target and arguments of a call in a network that has lost indices, from those it would have otherwise.
 Resize = Callable[["Resizing"], "Rewritten"]
 Rewritten = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """A call that is being rewritten.
+
+    Attributes:
+        node: the call.
+        args: its arguments in the new graph.
+        kwargs: the same.
+        source: what is kept of its first operand.
+        out: what is kept of its output, in the structure of that.
+    """
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    source: Any
+    out: Any
 
 
 class Trait(Enum):
@@ -213,6 +229,8 @@ class Call:
     space: LabelSpace
     findings: Findings
     labels_of: Callable[[Any], Labels]
+    #: The value of a node.
+    value_of: Callable[[fx.Node], Any]
     #: Parameters that are the weight of an output layer.
     output_weights: frozenset[str] = frozenset()
     #: Whether a mask here would do harm.
@@ -262,6 +280,30 @@ class Call:
     def all_on(self, like: Any = None) -> Labels:
         """``ON`` for every tensor of the output."""
         return constant_labels(self.out if like is None else like, ON)
+
+    def axes(
+        self, operands: Iterable[tuple[Any, Names]], *outs: Names, whole: Iterable[Name] = (), **more: Any
+    ) -> Axes | None:
+        """Operands, and the tensors of the output, with the names of their dimensions; None where sizes disagree."""
+        given = [(n, names) for n, names in operands if isinstance(n, fx.Node)]
+        made = [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
+        values = [*(self.value_of(n) for n, _ in given), *made]
+        if len(made) != len(outs) or not all(isinstance(v, Tensor) for v in values):
+            return None
+        sizes: dict[Name | None, int] = {}
+        found: list[Names] = []
+        for value, names in zip(values, (*(names for _, names in given), *outs), strict=True):
+            if value.ndim != len(names):
+                return None
+            found.append(tuple(None if size == 1 else n for n, size in zip(names, value.shape, strict=True)))
+            for name, size in zip(found[-1], value.shape, strict=True):
+                if name is not None and sizes.setdefault(name, size) != size:
+                    return None
+        names_of: dict[fx.Node, Names] = {}
+        for (node, _), names in zip(given, found, strict=False):
+            if names_of.setdefault(node, names) != names:
+                return None
+        return Axes(tuple(names_of.items()), tuple(found[len(given) :]), frozenset(whole), **more)
 
     def mask(self, labels: Tensor, zero_stays: bool = False, needed: bool = False) -> Tensor:
         """Ask for a mask on this node's output, so that its support becomes `labels`; ON where that cannot be.
@@ -351,9 +393,15 @@ def scalar_label(value: Any) -> Tensor:
     return torch.tensor(ZERO if value == 0 else ON)
 
 
-def alike(removal: Removal, call: Call) -> bool:
-    """An elementwise operation: the axes of its operands and of its output are the same."""
-    return removal.elementwise([removal.axes[call.node], *(removal.dims(n) for n in call.node.all_input_nodes)])
+def alike(call: Call) -> Axes | None:
+    """An elementwise operation: dimensions are aligned at the last one."""
+    tensors = [n for n in call.node.all_input_nodes if isinstance(call.value_of(n), Tensor)]
+    return call.axes([(n, aligned(call.value_of(n))) for n in tensors], aligned(call.out))
+
+
+def aligned(value: Any) -> Names:
+    """Names for the dimensions of a tensor that say how far from the last they are."""
+    return tuple(range(-value.ndim, 0)) if isinstance(value, Tensor) else ()
 
 
 def like_input(call: Call) -> Labels:

@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, fx
 
-from hatify.axes import Axis, Dims
-from hatify.ops.registry import Rewritten, Trait, operation_of
+from hatify.axes import Kept
+from hatify.ops.registry import Resizing, Rewritten
 
 
 class CannotCut(Exception):
     """A call cannot do without the indices that are to go."""
-
-
-@dataclass(frozen=True)
-class Resizing:
-    """A call that is being rewritten: its arguments in the new graph, and the axes of its input and output."""
-
-    node: fx.Node
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    source: Any
-    out: Any
-
-
-def resized(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[fx.Node, Any]) -> Rewritten:
-    """Target and arguments of `node` for what is kept of its input and output.
-
-    Args:
-        node: a call of a function or method.
-        args: its arguments in the new graph.
-        kwargs: the same.
-        axes: of every node.
-
-    Raises:
-        CannotCut: the call has no such form.
-    """
-    known, unchanged = operation_of(node), (node.target, args, kwargs)
-    if known is None or known.resize is None:
-        return unchanged
-    moved: Any = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node.kwargs.get("input")
-    source = axes.get(moved)
-    call = Resizing(node, args, kwargs, source, axes[node])
-    if Trait.FACTORY in known.traits:
-        return known.resize(call) if node.all_input_nodes else unchanged
-    dims = [d for d in tree_leaves((source, call.out)) if isinstance(d, Dims)]
-    if not isinstance(source, Dims) or not any(axis.cut for d in dims for axis in d):
-        return unchanged
-    return known.resize(call)
 
 
 def to_sizes(call: Resizing) -> Rewritten:
@@ -66,7 +27,7 @@ def to_sizes(call: Resizing) -> Rewritten:
 def spread(call: Resizing) -> Rewritten:
     """``expand``."""
     sizes = zip(_unpacked(call.args[1:]), call.out, strict=True)
-    counts = [_count(axis) if axis.cut and size != -1 else size for size, axis in sizes]
+    counts = [_count(axis) if is_cut(axis) and size != -1 else size for size, axis in sizes]
     return call.node.target, (call.args[0], counts), call.kwargs
 
 
@@ -82,18 +43,18 @@ def pieces(call: Resizing) -> Rewritten:
     dim = call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0)
     if not isinstance(dim, int):
         raise CannotCut
-    if not any(dims[dim].cut for dims in (call.source, *call.out)):
+    if not any(is_cut(dims[dim]) for dims in (call.source, *call.out)):
         return call.node.target, call.args, call.kwargs
     return torch.split, (call.args[0], [_count(part[dim]) for part in call.out], dim), {}
 
 
 def narrowed(call: Resizing) -> Rewritten:
     """``narrow``."""
-    if len(call.args) != 4 or not call.source[call.args[1]].cut:
+    if len(call.args) != 4 or not is_cut(call.source[call.args[1]]):
         return call.node.target, call.args, call.kwargs
     if not all(isinstance(a, int) for a in call.args[2:]):
         raise CannotCut
-    kept, start, length = call.source[call.args[1]].kept, call.args[2], call.args[3]
+    kept, start, length = call.source[call.args[1]], call.args[2], call.args[3]
     found = int(kept[:start].sum()), int(kept[start : start + length].sum())
     return call.node.target, (*call.args[:2], *found), call.kwargs
 
@@ -120,7 +81,7 @@ def padded(call: Resizing) -> Rewritten:
 
 def scaled_as_before(call: Resizing) -> Rewritten:
     """Attention over fewer features divides by the root of as many as there were."""
-    return call.node.target, call.args, {"scale": call.source[-1].kept.numel() ** -0.5, **call.kwargs}
+    return call.node.target, call.args, {"scale": call.source[-1].numel() ** -0.5, **call.kwargs}
 
 
 def in_aten(call: Resizing) -> Rewritten:
@@ -139,32 +100,37 @@ def _unpacked(sizes: tuple[Any, ...]) -> Sequence[Any]:
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
-def _count(axis: Axis) -> int:
-    return int(axis.kept.sum())
+def is_cut(axis: Tensor) -> bool:
+    """Whether anything is left out along an axis."""
+    return not bool(axis.all())
 
 
-def _sizes(sizes: Sequence[Any], dims: Sequence[Axis]) -> tuple[Any, ...]:
+def _count(axis: Tensor) -> int:
+    return int(axis.sum())
+
+
+def _sizes(sizes: Sequence[Any], dims: Sequence[Tensor]) -> tuple[Any, ...]:
     """Sizes with those that were cut replaced; one of them, if it depends on the input, is left to torch."""
-    result = [_resized(size, axis) if axis.cut else size for size, axis in zip(sizes, dims, strict=True)]
+    result = [_resized(size, axis) if is_cut(axis) else size for size, axis in zip(sizes, dims, strict=True)]
     if sum(isinstance(size, int) and size == -1 for size in result) > 1:
         raise CannotCut
     return tuple(result)
 
 
-def _resized(size: Any, axis: Axis) -> int:
+def _resized(size: Any, axis: Tensor) -> int:
     return -1 if isinstance(size, fx.Node) or size == -1 else _count(axis)
 
 
-def _position(index: Any, axis: Axis) -> Any:
+def _position(index: Any, axis: Tensor) -> Any:
     """Where a kept index has moved."""
-    if not axis.cut:
+    if not is_cut(axis):
         return index
     if not isinstance(index, int):
         raise CannotCut
-    return int(axis.kept[: index % axis.kept.numel()].sum())
+    return int(axis[: index % axis.numel()].sum())
 
 
-def _index(index: Any, dims: Dims) -> Any:
+def _index(index: Any, dims: Kept) -> Any:
     items = list(index) if isinstance(index, tuple) else [index]
     taken = sum(item is not None and item is not Ellipsis for item in items)
     result: list[Any] = []
@@ -181,13 +147,13 @@ def _index(index: Any, dims: Dims) -> Any:
     return tuple(result) if isinstance(index, tuple) else result[0]
 
 
-def _slice(piece: slice, axis: Axis) -> slice:
+def _slice(piece: slice, axis: Tensor) -> slice:
     """The slice of the kept indices that holds those in `piece`."""
-    if not axis.cut or piece == slice(None):
+    if not is_cut(axis) or piece == slice(None):
         return piece
     if any(isinstance(end, fx.Node) for end in (piece.start, piece.stop, piece.step)):
         raise CannotCut
-    positions = (axis.kept.cumsum(0) - 1)[piece][axis.kept[piece]].tolist()
+    positions = (axis.cumsum(0) - 1)[piece][axis[piece]].tolist()
     if not positions:
         raise CannotCut
     step = positions[1] - positions[0] if len(positions) > 1 else 1
@@ -196,12 +162,12 @@ def _slice(piece: slice, axis: Axis) -> slice:
     return slice(positions[0], positions[-1] + 1, step)
 
 
-def _padding(padding: Sequence[Any], out: Dims) -> list[Any]:
+def _padding(padding: Sequence[Any], out: Kept) -> list[Any]:
     """How much of the padding is kept."""
     result = list(padding)
     for j in range(len(padding) // 2):
         axis, before, after = out[-1 - j], padding[2 * j], padding[2 * j + 1]
-        if axis.cut and isinstance(before, int) and isinstance(after, int):
-            result[2 * j] = int(axis.kept[:before].sum())
-            result[2 * j + 1] = int(axis.kept[axis.kept.numel() - after :].sum()) if after else 0
+        if is_cut(axis) and isinstance(before, int) and isinstance(after, int):
+            result[2 * j] = int(axis[:before].sum())
+            result[2 * j + 1] = int(axis[axis.numel() - after :].sum()) if after else 0
     return result

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from hatify.axes import Dims
 
 
 def cut_layer(layer: Any, read: Tensor | None, written: Tensor) -> None:
@@ -39,27 +38,27 @@ def cut_layer(layer: Any, read: Tensor | None, written: Tensor) -> None:
     layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
 
 
-def cut_norm(norm: Any, dims: Dims) -> None:
-    """Take features out of a normalisation, in place."""
-    shape = torch.Size(axis.kept.numel() for axis in dims)
+def cut_norm(norm: Any, dims: Sequence[Tensor]) -> None:
+    """Take features out of a normalisation, in place; `dims` says what stays along each normalised dimension."""
+    shape = torch.Size(len(kept) for kept in dims)
     for table in (norm._parameters, norm._buffers):
         for name, value in table.items():
             if value is not None and value.shape == shape:
                 cut = cut_along(value.detach(), dims)
                 table[name] = nn.Parameter(cut, value.requires_grad) if isinstance(value, nn.Parameter) else cut
-    counts = tuple(int(axis.kept.sum()) for axis in dims)
+    counts = tuple(int(kept.sum()) for kept in dims)
     for name in ("num_features", "num_channels", "num_parameters"):
         if hasattr(norm, name):
             setattr(norm, name, counts[0])
     if hasattr(norm, "normalized_shape"):
         norm.normalized_shape = counts
     if hasattr(norm, "num_groups"):
-        norm.num_groups = int(dims[0].kept.view(norm.num_groups, -1).any(1).sum())
+        norm.num_groups = int(dims[0].view(norm.num_groups, -1).any(1).sum())
 
 
-def cut_along(value: Tensor, dims: Dims) -> Tensor:
+def cut_along(value: Tensor, dims: Sequence[Tensor]) -> Tensor:
     """The kept part of `value`, whose dimensions of size 1 stay."""
     for d in range(1, min(value.ndim, len(dims)) + 1):
-        if value.shape[-d] > 1 and dims[-d].cut:
-            value = value.index_select(-d, dims[-d].index.to(value.device))
+        if value.shape[-d] > 1 and not dims[-d].all():
+            value = value.index_select(-d, dims[-d].nonzero().squeeze(1).to(value.device))
     return value

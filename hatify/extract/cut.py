@@ -1,0 +1,525 @@
+"""Take what a task has off out of its baked network, in one pass.
+
+What may be non-zero is known of every value (`Zeros`). First, from the outputs back, each operation asks for what it
+needs of its operands; nobody asks for what is zero, unless a reshape or the groups of a convolution need a grid. Then
+the network is written anew, node by node: layers are sliced, operands that have lost different indices are aligned, and
+where an operation cannot do without what is gone, zeros are put back ahead of it, and taken out again behind it. Each
+node is run as it is written, beside its original, at every size there is to try.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from hatify.answers import asks
+from hatify.axes import Axes, Kept, Moves, Name, everything, levelled
+from hatify.extract.bake import DTYPE, MASK, NDIM, MaskedNorm, is_known_number, layer_family
+from hatify.extract.plain import Plain
+from hatify.extract.slicing import cut_along, cut_layer, cut_norm
+from hatify.extract.zeros import Zeros, tensors_in
+from hatify.free import Free
+from hatify.nn.norms import FEATURE_DIMS, is_known
+from hatify.ops import operation_of
+from hatify.ops.registry import Resizing, Rewritten
+from hatify.ops.resize import CannotCut, is_cut
+from hatify.support import positional
+
+#: Largest difference that rounding explains in single precision, in units of the largest number in a value.
+ROUNDING = 1e-3
+
+
+def cut(baked: Plain, sizes: Sequence[Any], free: Free) -> Plain | None:
+    """The network without what is zero; None if what was written did not compute the same.
+
+    Args:
+        baked: the network at full size, on the CPU.
+        sizes: inputs to try it on, the example's first.
+        free: the sizes that it leaves free.
+    """
+    net = baked.module("Baked")
+    zeros = Zeros(net, baked.graph, free)
+    zeros.run(*positional(baked.graph, sizes[0]))
+    try:
+        return _Writer(net, zeros, _Wanted(zeros).wanted, sizes).write()
+    except CannotCut:
+        return None
+
+
+class _Wanted:
+    """What is needed of each value, found from the outputs back.
+
+    Attributes:
+        wanted: what is needed along each dimension of each tensor that a node makes.
+    """
+
+    def __init__(self, zeros: Zeros) -> None:
+        self.zeros, self.nonzero = zeros, zeros.nonzero
+        self.wanted: dict[fx.Node, list[Kept]] = {}
+        for node in reversed(zeros.graph.nodes):
+            axes, own = zeros.axes.get(node), self.wanted.get(node, self.nonzero[node])
+            if node in zeros.items:
+                self._want_item(node)
+            elif isinstance(axes, Axes):
+                self._want_by_name(axes, own)
+            elif isinstance(axes, Moves):
+                self._want_moved(node, axes, own)
+            elif not asks(node):
+                for operand in node.all_input_nodes:
+                    self._want(operand, self.nonzero[operand])
+        for node, own in self.nonzero.items():
+            self.wanted.setdefault(node, own)
+            self.wanted[node] = [self._some(node, kept) for kept in self.wanted[node]]
+
+    def _want(self, node: fx.Node, kept: list[Kept]) -> None:
+        before = self.wanted.get(node)
+        if before is not None:
+            kept = [tuple(a | b for a, b in zip(*pair, strict=True)) for pair in zip(kept, before, strict=True)]
+        self.wanted[node] = kept
+
+    def _some(self, node: fx.Node, kept: Kept) -> Kept:
+        """Everything along dimensions whose size is free; something along every other."""
+        free = self.zeros.findings.free.dims(node)
+        return tuple(
+            torch.ones_like(k) if d in free else k if k.any() else torch.arange(len(k)) == 0 for d, k in enumerate(kept)
+        )
+
+    def _want_item(self, node: fx.Node) -> None:
+        source: Any = node.args[0]
+        kept = [tuple(torch.zeros_like(k) for k in dims) for dims in self.nonzero[source]]
+        for place, own in zip(self.zeros.items[node], self.wanted.get(node, ()), strict=False):
+            kept[place] = own
+        self._want(source, kept)
+
+    def _want_by_name(self, axes: Axes, outs: list[Kept]) -> None:
+        found = completed(axes, by_name(axes.outs, outs) | summed(axes, self.nonzero))
+        for node, names in axes.operands:
+            (own,) = self.nonzero[node]
+            self._want(node, [_named(names, found, own)])
+
+    def _want_moved(self, node: fx.Node, moves: Moves, outs: list[Kept]) -> None:
+        for source in moves.sources:
+            (own,) = self.nonzero[source.node]
+            self._want(source.node, [moves.asked(source, outs, [len(k) for k in own])])
+        for operand in node.all_input_nodes:
+            if operand in moves.by_shape:
+                self._want(operand, outs)
+            elif operand not in {source.node for source in moves.sources}:
+                self._want(operand, [everything([len(k) for k in kept]) for kept in self.nonzero[operand]])
+
+
+def by_name(names: Iterable[Sequence[Name | None]], kept: Iterable[Kept]) -> dict[Name, Tensor]:
+    """What is kept of any of several tensors along each name."""
+    found: dict[Name, Tensor] = {}
+    for own, dims in zip(names, kept, strict=True):
+        for name, k in zip(own, dims, strict=True):
+            if name is not None:
+                found[name] = found[name] | k if name in found else k
+    return found
+
+
+def summed(axes: Axes, nonzero: Mapping[fx.Node, list[Kept]]) -> dict[Name, Tensor]:
+    """Where no operand is zero, along the names that are summed over."""
+    left = {name for names in axes.outs for name in names}
+    found: dict[Name, Tensor] = {}
+    for node, names in axes.operands:
+        for name, k in zip(names, nonzero[node][0], strict=True):
+            if name is not None and name not in left:
+                found[name] = found[name] & k if name in found else k
+    return found
+
+
+def completed(axes: Axes, found: dict[Name, Tensor]) -> dict[Name, Tensor]:
+    """`found`, and what an operation needs in any case."""
+    found = {name: k | True if name in axes.whole else k | axes.needed.get(name, False) for name, k in found.items()}
+    grouped = [name for name in axes.grouped if name in found]
+    if grouped:
+        found.update(zip(grouped, levelled([found[name] for name in grouped], axes.groups), strict=True))
+    return found
+
+
+def _named(names: Sequence[Name | None], found: Mapping[Name, Tensor], own: Kept) -> Kept:
+    """What is kept along dimensions of these names; all along those without."""
+    return tuple(k | True if n is None else found[n] for n, k in zip(names, own, strict=True))
+
+
+class _Run(fx.Interpreter):
+    """Runs the nodes of a graph one at a time."""
+
+    def __init__(self, net: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...], root: dict[str, Any] | None = None):
+        super().__init__(net, graph=graph)
+        self.root, self.args_iter = root, iter(inputs)
+
+    def fetch_attr(self, target: str) -> Any:
+        return super().fetch_attr(target) if self.root is None else self.root[target]
+
+    def step(self, node: fx.Node) -> Any:
+        """Run `node`."""
+        self.env[node] = self.run_node(node)
+        return self.env[node]
+
+
+class _Writer:
+    """Writes the smaller network, node by node."""
+
+    def __init__(
+        self, net: fx.GraphModule, zeros: Zeros, wanted: Mapping[fx.Node, list[Kept]], sizes: Sequence[Any]
+    ) -> None:
+        self.net, self.zeros, self.wanted = net, zeros, wanted
+        self.plain = Plain(zeros.graph)
+        inputs = [positional(zeros.graph, given) for given in sizes]
+        self.originals = [_Run(net, zeros.graph, given) for given in inputs]
+        self.runs = [_Run(nn.Module(), self.plain.graph, given, self.plain.root) for given in inputs]
+        #: What each node has become (a node of the new graph, or a constant), and what is kept of what it makes.
+        self.values: dict[fx.Node, Any] = {}
+        self.kept: dict[fx.Node, list[Kept]] = {}
+        #: For whose sake a new node's value is remembered.
+        self.owners: dict[fx.Node, set[fx.Node]] = {}
+        self.aligned: dict[tuple[fx.Node, bytes], fx.Node] = {}
+        self.modules: dict[tuple[str, bytes], nn.Module] = {}
+
+    @torch.no_grad()
+    def write(self) -> Plain:
+        """The network.
+
+        Raises:
+            CannotCut: a node does not compute what it did.
+        """
+        for node in self.zeros.graph.nodes:
+            expected = [run.step(node) for run in self.originals]
+            self._write(node, expected)
+            self._forget(node)
+        return self.plain
+
+    def _write(self, node: fx.Node, expected: list[Any]) -> None:
+        before = set(self.plain.graph.nodes)
+        for way in (self._cut, self._densely):
+            try:
+                self.values[node], self.kept[node] = way(node)
+                if self._agrees(node, expected):
+                    return
+            except CannotCut:
+                pass
+            self._erase(before)
+        raise CannotCut(node.name)
+
+    # Bookkeeping -----------------------------------------------------------------------------------------------------
+
+    def _put(self, op: str, target: Any, args: Any, kwargs: Any = None, name: str | None = None) -> fx.Node:
+        """A new node, which is run at once."""
+        node = self.plain.graph.create_node(op, target, args, kwargs or {}, name)
+        for run in self.runs:
+            try:
+                value = run.step(node)
+            except Exception as error:  # whatever an operation raises that cannot do without what is gone
+                raise CannotCut from error
+        if isinstance(value, Tensor):
+            node.meta.update({DTYPE: value.dtype, NDIM: value.ndim})
+        return node
+
+    def _erase(self, before: set[fx.Node]) -> None:
+        """Take back what was written after the nodes that were there `before`."""
+        for node in reversed(self.plain.graph.nodes):
+            if node not in before:
+                self.plain.graph.erase_node(node)
+                for run in self.runs:
+                    run.env.pop(node, None)
+        self.aligned = {key: node for key, node in self.aligned.items() if node in before}
+
+    def _forget(self, node: fx.Node) -> None:
+        """Free the values that nobody is going to read."""
+        for new in self.plain.graph.nodes:
+            self.owners.setdefault(new, {node})
+        fx.node.map_arg(self.values[node], lambda new: self.owners[new].add(node))
+        gone = set(self.originals[0].user_to_last_uses.get(node, ()))
+        for run in self.originals:
+            for dead in gone:
+                run.env.pop(dead, None)
+        self.aligned = {key: new for key, new in self.aligned.items() if key[0] not in gone}
+        for new, owners in self.owners.items():
+            owners -= gone
+            if not owners:
+                for run in self.runs:
+                    run.env.pop(new, None)
+
+    def _agrees(self, node: fx.Node, expected: list[Any]) -> bool:
+        """Whether what has become of `node` is, of what it makes, what is kept."""
+        value = self.values[node]
+        if node.op in ("placeholder", "get_attr", "output") or not isinstance(value, fx.Node):
+            return True
+        for run, original, whole in zip(self.runs, self.originals, expected, strict=True):
+            given = [t for n in node.all_input_nodes for t in tensors_in(original.env.get(n))]
+            found, wholes = tensors_in(run.env[value]), tensors_in(whole)
+            if len(found) != len(wholes):
+                return False
+            for t, full, kept in zip(found, wholes, self.kept[node], strict=True):
+                if not _agree(t, cut_along(full, kept), given):
+                    return False
+        return True
+
+    # The two ways ----------------------------------------------------------------------------------------------------
+
+    def _cut(self, node: fx.Node) -> tuple[Any, list[Kept]]:
+        """Write `node` for operands of which indices are gone."""
+        axes = self.zeros.axes.get(node)
+        if node.op == "placeholder":
+            return self._put("placeholder", node.target, node.args, name=node.name), self.zeros.nonzero[node]
+        if node.op == "get_attr":
+            return None, [everything([len(k) for k in kept]) for kept in self.zeros.nonzero[node]]
+        if asks(node):
+            return self._asked(node), []
+        if node in self.zeros.items:
+            source: Any = node.args[0]
+            taken = self._put("call_function", operator.getitem, (self.values[source], node.args[1]), name=node.name)
+            return taken, [self.kept[source][place] for place in self.zeros.items[node]]
+        if isinstance(axes, Axes):
+            return self._by_name(node, axes)
+        if isinstance(axes, Moves):
+            return self._moved(node, axes)
+        return self._densely(node)
+
+    def _densely(self, node: fx.Node) -> tuple[Any, list[Kept]]:
+        """Write `node` for operands to which the zeros were given back, and take them out behind it."""
+        operands = {n: self._align(n, self._all_of(n)) for n in node.all_input_nodes}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
+        if is_known_number(node, args):
+            return node.target(*args, **kwargs), []  # type: ignore[operator]
+        target = node.target
+        if node.op == "call_module":
+            target = self.plain.store(str(target), self.net.get_submodule(str(target)))
+        written = self._put(node.op, target, args, kwargs, node.name)
+        whole = [everything([len(k) for k in kept]) for kept in self.zeros.nonzero[node]]
+        if not self._is_one(node):
+            return written, whole
+        return self._aligned(written, whole[0], self.wanted[node][0]), self.wanted[node]
+
+    def _all_of(self, node: fx.Node) -> list[Kept]:
+        return [everything([len(k) for k in kept]) for kept in self.zeros.nonzero[node]]
+
+    def _is_one(self, node: fx.Node) -> bool:
+        """Whether a node makes a tensor, and no container of these."""
+        return isinstance(self.originals[0].env.get(node), Tensor)
+
+    def _asked(self, node: fx.Node) -> Any:
+        """A size that was cut counts as it was wherever it is used as a number."""
+        source: Any = node.args[0]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._whole_or_cut)
+        dims = self.kept[source][0] if self._is_one(source) else ()
+        if not any(map(is_cut, dims)):
+            return self._put(node.op, node.target, args, kwargs, node.name)
+        question = node.args[1] if node.target is getattr else node.target
+        if question in ("numel", "nelement"):
+            raise CannotCut
+        if question not in ("shape", "size"):
+            return self._put(node.op, node.target, args, kwargs, node.name)
+        if question == "size" and (args[1:] or kwargs):
+            axis = dims[args[1] if args[1:] else kwargs["dim"]]
+            return len(axis) if is_cut(axis) else self._put(node.op, node.target, args, kwargs, node.name)
+        shape = self._put(node.op, node.target, args, kwargs, node.name)
+        return tuple(
+            len(axis) if is_cut(axis) else self._put("call_function", operator.getitem, (shape, d))
+            for d, axis in enumerate(dims)
+        )
+
+    def _whole_or_cut(self, node: fx.Node) -> Any:
+        return self._align(node, self.kept[node])
+
+    # By name ---------------------------------------------------------------------------------------------------------
+
+    def _by_name(self, node: fx.Node, axes: Axes) -> tuple[Any, list[Kept]]:
+        found = self._found(node, axes)
+        operands = {n: self._whole_or_cut(n) for n in node.all_input_nodes if n not in dict(axes.operands)}
+        for operand, names in axes.operands:
+            operands[operand] = self._align(operand, [_named(names, found, self.kept[operand][0])])
+        made = self.zeros.nonzero[node]
+        kept = [_named(names, found, own) for names, own in zip(axes.outs, made, strict=True)]
+        mask = node.meta.get(MASK)
+        if mask is not None and node.op == "call_function" and bool(cut_along(mask, kept[0]).all()):
+            x: Any = node.args[0] if node.target is operator.mul else node.args[-1]
+            return operands[x], kept
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
+        if node.op == "call_module":
+            name = self.plain.store(str(node.target), self._module(str(node.target), found, made[0]))
+            return self._put("call_module", name, args, kwargs, node.name), kept
+        first, names = axes.operands[0]
+        source = _named(names, found, self.kept[first][0])
+        return self._called(node, args, kwargs, source, kept[0]), kept
+
+    def _found(self, node: fx.Node, axes: Axes) -> dict[Name, Tensor]:
+        """What is kept along each name: what is wanted, or what an operand has left, whichever moves the least."""
+        wanted = by_name(axes.outs, self.wanted[node]) | summed(axes, self.zeros.nonzero)
+        along: dict[Name, list[tuple[int, Tensor, Tensor]]] = {}
+        for operand, names in axes.operands:
+            if operand.op != "get_attr":
+                size = self.originals[0].env[operand].numel()
+                for name, k, nonzero in zip(names, self.kept[operand][0], self.zeros.nonzero[operand][0], strict=True):
+                    if name is not None:
+                        along.setdefault(name, []).append((size, k, nonzero))
+        return completed(axes, {name: _cheapest(kept, along.get(name, ())) for name, kept in wanted.items()})
+
+    def _module(self, path: str, found: Mapping[Name, Tensor], out: Kept) -> nn.Module:
+        """The module at `path` without the features that go."""
+        key = (path, b"".join(str(name).encode() + k.numpy().tobytes() for name, k in sorted(found.items(), key=str)))
+        if key not in self.modules:
+            module = self.net.get_submodule(path)
+            self.modules[key] = self._sliced(module, found, len(out)) if any(map(is_cut, found.values())) else module
+        return self.modules[key]
+
+    def _sliced(self, module: Any, found: Mapping[Name, Tensor], ndim: int) -> nn.Module:
+        one = torch.ones(1, dtype=torch.bool)
+        result = module
+        if layer_family(module) is not None:
+            result = copy.deepcopy(module)
+            read = None if isinstance(module, nn.Embedding) else found.get("read", one)
+            cut_layer(result, read, found.get("written", one))
+        elif isinstance(module, MaskedNorm):
+            norm = self._sliced(module.norm, found, ndim)
+            dims = FEATURE_DIMS[type(norm)](norm, ndim)
+            feature = next(d for d in dims if len(found.get(d, one)) == len(module.mask))
+            mask = module.mask[found.get(feature, one)]
+            return norm if mask.all() else MaskedNorm(norm, mask)
+        elif is_known(module) or isinstance(module, nn.PReLU):
+            result = copy.deepcopy(module)
+            dims = range(1, 2) if isinstance(module, nn.PReLU) else FEATURE_DIMS[type(module)](module, ndim)
+            cut_norm(result, [found.get(d, one) for d in dims])
+        for name, parameter in result._parameters.items():
+            before = module._parameters[name]
+            if parameter is not None and before is not None and parameter is not before:
+                result._parameters[name] = self.plain.parameter(before, parameter)
+        return result
+
+    # Movements -------------------------------------------------------------------------------------------------------
+
+    def _moved(self, node: fx.Node, moves: Moves) -> tuple[Any, list[Kept]]:
+        """As the sources are, if the operation can do with that; else with what it needs of them alone."""
+        wanted = self.wanted[node]
+        asked = [moves.asked(s, wanted, [len(k) for k in self.kept[s.node][0]]) for s in moves.sources]
+        left = [self.kept[s.node][0] for s in moves.sources]
+        before = set(self.plain.graph.nodes)
+        for kept in (left, asked):
+            try:
+                return self._moved_of(node, moves, kept, wanted)
+            except CannotCut:
+                self._erase(before)
+        raise CannotCut
+
+    def _moved_of(
+        self, node: fx.Node, moves: Moves, sources: list[Kept], wanted: list[Kept]
+    ) -> tuple[fx.Node, list[Kept]]:
+        if any(is_cut(k) for kept in sources for d, k in enumerate(kept) if d in moves.loose):
+            raise CannotCut
+        kept_of = {source.node: [kept] for source, kept in zip(moves.sources, sources, strict=True)}
+        kept_of |= {n: self.kept[n] for n in moves.by_shape}
+        operands = {n: self._align(n, kept_of.get(n, self._all_of(n))) for n in node.all_input_nodes}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
+        out = moves.arriving(sources, wanted)
+        shape = out[0] if self._is_one(node) else out
+        target = self.plain.store(str(node.target), self.net.get_submodule(str(node.target))) if node.op == "call_module" else None
+        if target is not None:
+            written = self._put("call_module", target, args, kwargs, node.name)
+        else:
+            written = self._called(node, args, kwargs, sources[0], shape)
+        for run, original in zip(self.runs, self.originals, strict=True):
+            wholes = tensors_in(original.env[node])
+            for t, full, kept in zip(tensors_in(run.env[written]), wholes, out, strict=True):
+                if t.shape != cut_along(full, kept).shape:
+                    raise CannotCut
+        return written, list(out)
+
+    def _called(self, node: fx.Node, args: Any, kwargs: Any, source: Kept, out: Any) -> fx.Node:
+        """A function or method, told of what is left of its first operand and its output."""
+        known = operation_of(node)
+        call: Rewritten = (node.target, args, kwargs)
+        if known is not None and known.resize is not None:
+            kept = [source, *(out if out and isinstance(out[0], (tuple, list)) else [out])]
+            if any(is_cut(k) for dims in kept for k in dims):
+                call = known.resize(Resizing(node, args, kwargs, source, out))
+        op = "call_method" if isinstance(call[0], str) else "call_function"
+        return self._put(op, *call, node.name)
+
+    # Alignment -------------------------------------------------------------------------------------------------------
+
+    def _align(self, node: fx.Node, kept: list[Kept]) -> Any:
+        """What `node` has become, with just what is `kept` of it; zeros where that is gone already."""
+        if node.op == "get_attr":
+            return self._constant(node, kept[0])
+        value, left = self.values[node], self.kept[node]
+        if all(torch.equal(a, b) for dims, own in zip(kept, left, strict=True) for a, b in zip(dims, own, strict=True)):
+            return value
+        if not self._is_one(node):
+            raise CannotCut
+        key = (node, b"".join(k.numpy().tobytes() for k in kept[0]))
+        if key not in self.aligned:
+            self.aligned[key] = self._aligned(value, left[0], kept[0])
+        return self.aligned[key]
+
+    def _aligned(self, value: fx.Node, left: Kept, kept: Kept) -> fx.Node:
+        for d, (now, then) in enumerate(zip(left, kept, strict=True)):
+            if torch.equal(now, then):
+                continue
+            there, count = now[then], int(now.sum())
+            place = torch.where(there, (now.cumsum(0) - 1)[then], count)
+            first = int(place[0])
+            if torch.equal(place, torch.arange(first, first + len(place))) and there.all():
+                value = self._put("call_function", torch.narrow, (value, d, first, len(place)))
+                continue
+            if not there.all():
+                behind = len(left) - 1 - d
+                value = self._put("call_function", F.pad, (value, (0, 0) * behind + (0, 1)))
+            index = self._put("get_attr", self.plain.store("kept", place), ())
+            value = self._put("call_function", torch.index_select, (value, d, index))
+        return value
+
+    def _constant(self, node: fx.Node, kept: Kept) -> fx.Node:
+        name = str(node.target)
+        whole = self.net.get_parameter(name) if name in dict(self.net.named_parameters()) else self.net.get_buffer(name)
+        value = cut_along(whole.detach(), kept)
+        held = self.plain.parameter(whole, value) if isinstance(whole, nn.Parameter) else value
+        return self._put("get_attr", self.plain.store(name, held), ())
+
+
+def _cheapest(wanted: Tensor, operands: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """What to keep of several operands along a dimension, so that as little as possible has to be moved.
+
+    Args:
+        wanted: what has to be kept.
+        operands: of each, its size, what it has left, and where it may be non-zero. It may be given zeros.
+    """
+
+    def cost(kept: Tensor) -> int:
+        return sum(size for size, left, _ in operands if not torch.equal(left, kept))
+
+    def is_possible(kept: Tensor) -> bool:
+        return bool((kept | ~wanted).all()) and not any(
+            bool((kept & ~left & nonzero).any()) for _, left, nonzero in operands
+        )
+
+    possible = [left for _, left, _ in operands if is_possible(left)]
+    return min((*possible, wanted), key=cost)
+
+
+def _agree(found: Any, expected: Tensor, operands: list[Tensor]) -> bool:
+    """Whether a value is what it should be, but for rounding: of itself, or of large operands that cancel."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point() or not expected.numel():
+        return True
+    rounding = max(ROUNDING, 10 * torch.finfo(expected.dtype).eps)
+    largest = max(_largest(t) for t in (expected, *operands) if t.is_floating_point())
+    if float((found - expected).abs().max()) <= rounding * largest:
+        return True
+    return torch.allclose(found, expected, rounding, rounding * largest, equal_nan=True)
+
+
+def _largest(value: Tensor) -> float:
+    """The largest finite number."""
+    magnitude = value.abs()
+    if not magnitude.isfinite().all():
+        magnitude = magnitude[magnitude.isfinite()]
+    return float(magnitude.max()) if magnitude.numel() else 0.0
