@@ -29,7 +29,8 @@ class Axes:
     Attributes:
         operands: the tensors that go in, with the names of their dimensions.
         outs: the names of the dimensions of each tensor that comes out.
-        whole: names of which everything is needed.
+        whole: names of which everything is asked for.
+        filled: names along which zeros are put back ahead of the operation.
         needed: indices that are needed whether or not they are wanted.
         grouped: names that consist of groups, of which each keeps equally many indices, or none.
         groups: how many groups.
@@ -38,6 +39,7 @@ class Axes:
     operands: tuple[tuple[fx.Node, Names], ...]
     outs: tuple[Names, ...]
     whole: frozenset[Name] = frozenset()
+    filled: frozenset[Name] = frozenset()
     needed: Mapping[Name, Tensor] = field(default_factory=dict)
     grouped: tuple[Name, ...] = ()
     groups: int = 1
@@ -115,7 +117,7 @@ def _read(maps: tuple[Tensor, ...], wanted: Sequence[Kept], size: int) -> Tensor
 
 
 def levelled(axes: Iterable[Tensor], groups: int) -> list[Tensor]:
-    """What is kept along `axes` that consist of groups, enlarged so that each group that keeps any keeps equally many."""
+    """What is kept along `axes` that consist of groups, enlarged so that each group keeps equally many, or none."""
     rows = [axis.view(groups, -1) for axis in axes]
     alive = torch.stack([row.any(1) for row in rows]).any(0).unsqueeze(1)
     result = []
@@ -128,7 +130,8 @@ def levelled(axes: Iterable[Tensor], groups: int) -> list[Tensor]:
 
 def any_but(value: Tensor, dim: int) -> Tensor:
     """Whether anything is True at each index along `dim`."""
-    return value.movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
+    others = [d for d in range(value.ndim) if d != dim]
+    return value.any(others) if others else value
 
 
 def everything(shape: Sequence[int]) -> Kept:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hatify.asking import answering, arguments
-from hatify.errors import HatError, TaskError
+from hatify.errors import HatError, HatWarning, TaskError
 from hatify.examples import refusals_named
 from hatify.extract.bake import bake, children_of
 from hatify.extract.cut import cut
 from hatify.extract.lower import lower
 from hatify.extract.plain import Plain
 from hatify.model import HatModel
+from hatify.ops.resize import CannotCut
 from hatify.sizes import other_sizes
 from hatify.support import accepted_sizes, positional
 
@@ -63,17 +65,20 @@ def extract_task(
         inputs = _filling(model, inputs)
         plain = bake(model, task, positional(model.graph, inputs))
         if compact:
-            plain = _smaller(plain, inputs) or plain
+            plain = _smaller(plain, inputs, task)
     lower(plain)
     return plain.module(f"Task{task}").to(device)
 
 
-def _smaller(baked: Plain, inputs: Any) -> Plain | None:
-    """The network without the features that are off, if it computes the same."""
-    net = baked.module("Baked")
-    sizes, free = accepted_sizes(net, (baked.graph,), inputs)
-    smaller = cut(baked, sizes, free)
-    return smaller
+def _smaller(baked: Plain, inputs: Any, task: int) -> Plain:
+    """The network without the features that are off; or as it is, with a warning, if that computes something else."""
+    sizes, free = accepted_sizes(baked.module("Baked"), (baked.graph,), inputs)
+    try:
+        return cut(baked, sizes, free)
+    except CannotCut as refused:
+        message = f"task {task} stays at full size: without the features that are off, {refused} would be another one"
+        warnings.warn(message, HatWarning, stacklevel=3)
+        return baked
 
 
 class _Fullness(fx.Interpreter):

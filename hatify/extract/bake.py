@@ -36,6 +36,9 @@ _ARITHMETIC = ("_operator", "operator", "math", "builtins")
 class MaskedNorm(nn.Module):
     """A normalisation over the features that a mask, shape (features,), has on."""
 
+    norm: nn.Module
+    mask: Tensor
+
     def __init__(self, norm: nn.Module, mask: Tensor) -> None:
         super().__init__()
         self.norm = norm
@@ -162,7 +165,7 @@ class _Baker(fx.Interpreter):
             return None
         if isinstance(owner, PerTaskTensor):
             return self._attribute(node, out)
-        given = next(iter((*node.args, *node.kwargs.values())), None)
+        given: Any = next(iter((*node.args, *node.kwargs.values())), None)
         if self._passes(self.modules[path], given, out):
             return self.values[given]
         looked_up = node.kwargs.get("mask")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hatify.answers import asks
-from hatify.axes import Axes, Kept, Moves, Name, everything, levelled
+from hatify.axes import Axes, Kept, Moves, Name, everything
 from hatify.extract.bake import DTYPE, MASK, NDIM, MaskedNorm, is_known_number, layer_family
 from hatify.extract.plain import Plain
 from hatify.extract.slicing import cut_along, cut_layer, cut_norm
+from hatify.extract.wanted import KeptOf, by_name, completed, named, needed, summed
 from hatify.extract.zeros import Zeros, tensors_in
 from hatify.free import Free
 from hatify.nn.norms import FEATURE_DIMS, is_known
@@ -35,118 +37,21 @@ from hatify.support import positional
 ROUNDING = 1e-3
 
 
-def cut(baked: Plain, sizes: Sequence[Any], free: Free) -> Plain | None:
-    """The network without what is zero; None if what was written did not compute the same.
+def cut(baked: Plain, sizes: Sequence[Any], free: Free) -> Plain:
+    """The network without what is zero.
 
     Args:
         baked: the network at full size, on the CPU.
         sizes: inputs to try it on, the example's first.
         free: the sizes that it leaves free.
+
+    Raises:
+        CannotCut: an operation does not compute what it did, even with all zeros put back; names it.
     """
     net = baked.module("Baked")
     zeros = Zeros(net, baked.graph, free)
     zeros.run(*positional(baked.graph, sizes[0]))
-    try:
-        return _Writer(net, zeros, _Wanted(zeros).wanted, sizes).write()
-    except CannotCut:
-        return None
-
-
-class _Wanted:
-    """What is needed of each value, found from the outputs back.
-
-    Attributes:
-        wanted: what is needed along each dimension of each tensor that a node makes.
-    """
-
-    def __init__(self, zeros: Zeros) -> None:
-        self.zeros, self.nonzero = zeros, zeros.nonzero
-        self.wanted: dict[fx.Node, list[Kept]] = {}
-        for node in reversed(zeros.graph.nodes):
-            axes, own = zeros.axes.get(node), self.wanted.get(node, self.nonzero[node])
-            if node in zeros.items:
-                self._want_item(node)
-            elif isinstance(axes, Axes):
-                self._want_by_name(axes, own)
-            elif isinstance(axes, Moves):
-                self._want_moved(node, axes, own)
-            elif not asks(node):
-                for operand in node.all_input_nodes:
-                    self._want(operand, self.nonzero[operand])
-        for node, own in self.nonzero.items():
-            self.wanted.setdefault(node, own)
-            self.wanted[node] = [self._some(node, kept) for kept in self.wanted[node]]
-
-    def _want(self, node: fx.Node, kept: list[Kept]) -> None:
-        before = self.wanted.get(node)
-        if before is not None:
-            kept = [tuple(a | b for a, b in zip(*pair, strict=True)) for pair in zip(kept, before, strict=True)]
-        self.wanted[node] = kept
-
-    def _some(self, node: fx.Node, kept: Kept) -> Kept:
-        """Everything along dimensions whose size is free; something along every other."""
-        free = self.zeros.findings.free.dims(node)
-        return tuple(
-            torch.ones_like(k) if d in free else k if k.any() else torch.arange(len(k)) == 0 for d, k in enumerate(kept)
-        )
-
-    def _want_item(self, node: fx.Node) -> None:
-        source: Any = node.args[0]
-        kept = [tuple(torch.zeros_like(k) for k in dims) for dims in self.nonzero[source]]
-        for place, own in zip(self.zeros.items[node], self.wanted.get(node, ()), strict=False):
-            kept[place] = own
-        self._want(source, kept)
-
-    def _want_by_name(self, axes: Axes, outs: list[Kept]) -> None:
-        found = completed(axes, by_name(axes.outs, outs) | summed(axes, self.nonzero))
-        for node, names in axes.operands:
-            (own,) = self.nonzero[node]
-            self._want(node, [_named(names, found, own)])
-
-    def _want_moved(self, node: fx.Node, moves: Moves, outs: list[Kept]) -> None:
-        for source in moves.sources:
-            (own,) = self.nonzero[source.node]
-            self._want(source.node, [moves.asked(source, outs, [len(k) for k in own])])
-        for operand in node.all_input_nodes:
-            if operand in moves.by_shape:
-                self._want(operand, outs)
-            elif operand not in {source.node for source in moves.sources}:
-                self._want(operand, [everything([len(k) for k in kept]) for kept in self.nonzero[operand]])
-
-
-def by_name(names: Iterable[Sequence[Name | None]], kept: Iterable[Kept]) -> dict[Name, Tensor]:
-    """What is kept of any of several tensors along each name."""
-    found: dict[Name, Tensor] = {}
-    for own, dims in zip(names, kept, strict=True):
-        for name, k in zip(own, dims, strict=True):
-            if name is not None:
-                found[name] = found[name] | k if name in found else k
-    return found
-
-
-def summed(axes: Axes, nonzero: Mapping[fx.Node, list[Kept]]) -> dict[Name, Tensor]:
-    """Where no operand is zero, along the names that are summed over."""
-    left = {name for names in axes.outs for name in names}
-    found: dict[Name, Tensor] = {}
-    for node, names in axes.operands:
-        for name, k in zip(names, nonzero[node][0], strict=True):
-            if name is not None and name not in left:
-                found[name] = found[name] & k if name in found else k
-    return found
-
-
-def completed(axes: Axes, found: dict[Name, Tensor]) -> dict[Name, Tensor]:
-    """`found`, and what an operation needs in any case."""
-    found = {name: k | True if name in axes.whole else k | axes.needed.get(name, False) for name, k in found.items()}
-    grouped = [name for name in axes.grouped if name in found]
-    if grouped:
-        found.update(zip(grouped, levelled([found[name] for name in grouped], axes.groups), strict=True))
-    return found
-
-
-def _named(names: Sequence[Name | None], found: Mapping[Name, Tensor], own: Kept) -> Kept:
-    """What is kept along dimensions of these names; all along those without."""
-    return tuple(k | True if n is None else found[n] for n, k in zip(names, own, strict=True))
+    return _Writer(net, zeros, needed(zeros), sizes).write()
 
 
 class _Run(fx.Interpreter):
@@ -168,9 +73,7 @@ class _Run(fx.Interpreter):
 class _Writer:
     """Writes the smaller network, node by node."""
 
-    def __init__(
-        self, net: fx.GraphModule, zeros: Zeros, wanted: Mapping[fx.Node, list[Kept]], sizes: Sequence[Any]
-    ) -> None:
+    def __init__(self, net: fx.GraphModule, zeros: Zeros, wanted: KeptOf, sizes: Sequence[Any]) -> None:
         self.net, self.zeros, self.wanted = net, zeros, wanted
         self.plain = Plain(zeros.graph)
         inputs = [positional(zeros.graph, given) for given in sizes]
@@ -178,9 +81,10 @@ class _Writer:
         self.runs = [_Run(nn.Module(), self.plain.graph, given, self.plain.root) for given in inputs]
         #: What each node has become (a node of the new graph, or a constant), and what is kept of what it makes.
         self.values: dict[fx.Node, Any] = {}
-        self.kept: dict[fx.Node, list[Kept]] = {}
-        #: For whose sake a new node's value is remembered.
-        self.owners: dict[fx.Node, set[fx.Node]] = {}
+        self.kept: KeptOf = {}
+        #: Of each node, the new nodes that are run for its sake; and of each new node, for whose.
+        self.held: dict[fx.Node, set[fx.Node]] = {}
+        self.holders: dict[fx.Node, set[fx.Node]] = {}
         self.aligned: dict[tuple[fx.Node, bytes], fx.Node] = {}
         self.modules: dict[tuple[str, bytes], nn.Module] = {}
 
@@ -193,8 +97,9 @@ class _Writer:
         """
         for node in self.zeros.graph.nodes:
             expected = [run.step(node) for run in self.originals]
+            before = len(self.plain.graph.nodes)
             self._write(node, expected)
-            self._forget(node)
+            self._forget(node, before)
         return self.plain
 
     def _write(self, node: fx.Node, expected: list[Any]) -> None:
@@ -232,21 +137,25 @@ class _Writer:
                     run.env.pop(node, None)
         self.aligned = {key: node for key, node in self.aligned.items() if node in before}
 
-    def _forget(self, node: fx.Node) -> None:
-        """Free the values that nobody is going to read."""
-        for new in self.plain.graph.nodes:
-            self.owners.setdefault(new, {node})
-        fx.node.map_arg(self.values[node], lambda new: self.owners[new].add(node))
-        gone = set(self.originals[0].user_to_last_uses.get(node, ()))
-        for run in self.originals:
-            for dead in gone:
+    def _forget(self, node: fx.Node, before: int) -> None:
+        """Free the values that nobody is going to read, after `node` was written behind `before` others."""
+        count = len(self.plain.graph.nodes) - before
+        held = self.held.setdefault(node, set(islice(reversed(self.plain.graph.nodes), count)))
+        fx.node.map_arg(self.values[node], held.add)
+        for (source, _), new in self.aligned.items():
+            self.held[source].add(new)
+            self.holders.setdefault(new, set()).add(source)
+        for new in held:
+            self.holders.setdefault(new, set()).add(node)
+        for dead in self.originals[0].user_to_last_uses.get(node, ()):
+            for new in self.held.pop(dead, ()):
+                self.holders[new].discard(dead)
+                if not self.holders[new]:
+                    for run in self.runs:
+                        run.env.pop(new, None)
+            for run in self.originals:
                 run.env.pop(dead, None)
-        self.aligned = {key: new for key, new in self.aligned.items() if key[0] not in gone}
-        for new, owners in self.owners.items():
-            owners -= gone
-            if not owners:
-                for run in self.runs:
-                    run.env.pop(new, None)
+        self.aligned = {key: new for key, new in self.aligned.items() if key[0] in self.held}
 
     def _agrees(self, node: fx.Node, expected: list[Any]) -> bool:
         """Whether what has become of `node` is, of what it makes, what is kept."""
@@ -255,12 +164,11 @@ class _Writer:
             return True
         for run, original, whole in zip(self.runs, self.originals, expected, strict=True):
             given = [t for n in node.all_input_nodes for t in tensors_in(original.env.get(n))]
-            found, wholes = tensors_in(run.env[value]), tensors_in(whole)
-            if len(found) != len(wholes):
+            found, wholes, kept = tensors_in(run.env[value]), tensors_in(whole), self.kept[node]
+            # At other sizes there may be more pieces, of which nothing is cut.
+            parts = [cut_along(full, kept[i]) if i < len(kept) else full for i, full in enumerate(wholes)]
+            if len(found) != len(parts) or not all(_agree(*pair, given) for pair in zip(found, parts, strict=True)):
                 return False
-            for t, full, kept in zip(found, wholes, self.kept[node], strict=True):
-                if not _agree(t, cut_along(full, kept), given):
-                    return False
         return True
 
     # The two ways ----------------------------------------------------------------------------------------------------
@@ -271,7 +179,7 @@ class _Writer:
         if node.op == "placeholder":
             return self._put("placeholder", node.target, node.args, name=node.name), self.zeros.nonzero[node]
         if node.op == "get_attr":
-            return None, [everything([len(k) for k in kept]) for kept in self.zeros.nonzero[node]]
+            return None, self._all_of(node)
         if asks(node):
             return self._asked(node), []
         if node in self.zeros.items:
@@ -290,11 +198,10 @@ class _Writer:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
         if is_known_number(node, args):
             return node.target(*args, **kwargs), []  # type: ignore[operator]
-        target = node.target
-        if node.op == "call_module":
-            target = self.plain.store(str(target), self.net.get_submodule(str(target)))
-        written = self._put(node.op, target, args, kwargs, node.name)
-        whole = [everything([len(k) for k in kept]) for kept in self.zeros.nonzero[node]]
+        if node.op == "output":
+            return self._put("output", node.target, args, kwargs), self.zeros.nonzero[node]
+        whole = self._all_of(node)
+        written = self._called(node, args, kwargs, (), [])
         if not self._is_one(node):
             return written, whole
         return self._aligned(written, whole[0], self.wanted[node][0]), self.wanted[node]
@@ -313,13 +220,14 @@ class _Writer:
         dims = self.kept[source][0] if self._is_one(source) else ()
         if not any(map(is_cut, dims)):
             return self._put(node.op, node.target, args, kwargs, node.name)
-        question = node.args[1] if node.target is getattr else node.target
+        question: Any = node.args[1] if node.target is getattr else node.target
         if question in ("numel", "nelement"):
             raise CannotCut
         if question not in ("shape", "size"):
             return self._put(node.op, node.target, args, kwargs, node.name)
         if question == "size" and (args[1:] or kwargs):
-            axis = dims[args[1] if args[1:] else kwargs["dim"]]
+            dim: Any = args[1] if args[1:] else kwargs["dim"]
+            axis = dims[dim]
             return len(axis) if is_cut(axis) else self._put(node.op, node.target, args, kwargs, node.name)
         shape = self._put(node.op, node.target, args, kwargs, node.name)
         return tuple(
@@ -336,9 +244,9 @@ class _Writer:
         found = self._found(node, axes)
         operands = {n: self._whole_or_cut(n) for n in node.all_input_nodes if n not in dict(axes.operands)}
         for operand, names in axes.operands:
-            operands[operand] = self._align(operand, [_named(names, found, self.kept[operand][0])])
+            operands[operand] = self._align(operand, [named(names, found, self.kept[operand][0])])
         made = self.zeros.nonzero[node]
-        kept = [_named(names, found, own) for names, own in zip(axes.outs, made, strict=True)]
+        kept = [named(names, found, own) for names, own in zip(axes.outs, made, strict=True)]
         mask = node.meta.get(MASK)
         if mask is not None and node.op == "call_function" and bool(cut_along(mask, kept[0]).all()):
             x: Any = node.args[0] if node.target is operator.mul else node.args[-1]
@@ -348,7 +256,7 @@ class _Writer:
             name = self.plain.store(str(node.target), self._module(str(node.target), found, made[0]))
             return self._put("call_module", name, args, kwargs, node.name), kept
         first, names = axes.operands[0]
-        source = _named(names, found, self.kept[first][0])
+        source = named(names, found, self.kept[first][0])
         return self._called(node, args, kwargs, source, kept[0]), kept
 
     def _found(self, node: fx.Node, axes: Axes) -> dict[Name, Tensor]:
@@ -361,11 +269,13 @@ class _Writer:
                 for name, k, nonzero in zip(names, self.kept[operand][0], self.zeros.nonzero[operand][0], strict=True):
                     if name is not None:
                         along.setdefault(name, []).append((size, k, nonzero))
-        return completed(axes, {name: _cheapest(kept, along.get(name, ())) for name, kept in wanted.items()})
+        found = completed(axes, {name: _cheapest(kept, along.get(name, ())) for name, kept in wanted.items()})
+        return {name: torch.ones_like(kept) if name in axes.filled else kept for name, kept in found.items()}
 
     def _module(self, path: str, found: Mapping[Name, Tensor], out: Kept) -> nn.Module:
         """The module at `path` without the features that go."""
-        key = (path, b"".join(str(name).encode() + k.numpy().tobytes() for name, k in sorted(found.items(), key=str)))
+        names = sorted(found, key=str)
+        key = (path, b"".join(str(name).encode() + found[name].numpy().tobytes() for name in names))
         if key not in self.modules:
             module = self.net.get_submodule(path)
             self.modules[key] = self._sliced(module, found, len(out)) if any(map(is_cut, found.values())) else module
@@ -419,21 +329,24 @@ class _Writer:
         operands = {n: self._align(n, kept_of.get(n, self._all_of(n))) for n in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
         out = moves.arriving(sources, wanted)
+        if not all(k.any() for kept in out for k in kept):
+            raise CannotCut
         shape = out[0] if self._is_one(node) else out
-        target = self.plain.store(str(node.target), self.net.get_submodule(str(node.target))) if node.op == "call_module" else None
-        if target is not None:
-            written = self._put("call_module", target, args, kwargs, node.name)
-        else:
-            written = self._called(node, args, kwargs, sources[0], shape)
+        written = self._called(node, args, kwargs, sources[0], shape)
         for run, original in zip(self.runs, self.originals, strict=True):
-            wholes = tensors_in(original.env[node])
-            for t, full, kept in zip(tensors_in(run.env[written]), wholes, out, strict=True):
-                if t.shape != cut_along(full, kept).shape:
-                    raise CannotCut
+            made, wholes = tensors_in(run.env[written]), tensors_in(original.env[node])
+            # At other sizes there may be more of them.
+            expected = [cut_along(full, kept).shape for full, kept in zip(wholes, out, strict=False)]
+            if len(wholes) != len(out) or [t.shape for t in made] != expected:
+                raise CannotCut
         return written, list(out)
 
     def _called(self, node: fx.Node, args: Any, kwargs: Any, source: Kept, out: Any) -> fx.Node:
-        """A function or method, told of what is left of its first operand and its output."""
+        """A module as it is; or a function or method, told of what is left of its first operand and its output."""
+        if node.op == "call_module":
+            path = str(node.target)
+            path = self.plain.store(path, self.net.get_submodule(path))
+            return self._put("call_module", path, args, kwargs, node.name)
         known = operation_of(node)
         call: Rewritten = (node.target, args, kwargs)
         if known is not None and known.resize is not None:
@@ -492,8 +405,8 @@ def _cheapest(wanted: Tensor, operands: Sequence[tuple[int, Tensor, Tensor]]) ->
         operands: of each, its size, what it has left, and where it may be non-zero. It may be given zeros.
     """
 
-    def cost(kept: Tensor) -> int:
-        return sum(size for size, left, _ in operands if not torch.equal(left, kept))
+    def cost(kept: Tensor) -> tuple[int, int]:
+        return sum(size for size, left, _ in operands if not torch.equal(left, kept)), int(kept.sum())
 
     def is_possible(kept: Tensor) -> bool:
         return bool((kept | ~wanted).all()) and not any(

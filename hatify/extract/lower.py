@@ -29,7 +29,8 @@ def lower(plain: Plain) -> None:
 
 def _lower_norm(plain: Plain, node: fx.Node) -> None:
     module = plain.root[str(node.target)]
-    norm, mask = (module.norm, [module.mask]) if isinstance(module, MaskedNorm) else (module, [])
+    norm: Any = module.norm if isinstance(module, MaskedNorm) else module
+    mask = [module.mask] if isinstance(module, MaskedNorm) else []
     if not is_known(norm) or (not mask and type(norm).__module__.startswith("torch.")):
         return
     path = str(node.target)
@@ -38,7 +39,7 @@ def _lower_norm(plain: Plain, node: fx.Node) -> None:
     if path in plain.root and sum(n.op == "call_module" and n.target == path for n in plain.graph.nodes) == 1:
         del plain.root[path]
     tensors = {id(t): name for name, t in (*norm.named_parameters(), *norm.named_buffers())}
-    forward = NORMS[type(norm)] if mask else type(norm).forward
+    forward: Any = NORMS[type(norm)] if mask else type(norm).forward
     with plain.graph.inserting_before(node), torch.no_grad():
         tracer = _NormTracer(plain, path, tensors, x.meta[DTYPE], x.meta[NDIM])
         result = forward(norm, tracer.proxy(x), *mask).node

@@ -66,4 +66,3 @@ class Plain:
             if not node.users and (node.op == "get_attr" or node.target in _READING):
                 self.graph.erase_node(node)
         return fx.GraphModule(self.root, self.graph, class_name=name).eval()
-

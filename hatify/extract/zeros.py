@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hatify.answers import asks
-from hatify.axes import Axes, Kept, Moves, any_but, everything, levelled
+from hatify.axes import Axes, Kept, Moves, Names, any_but, everything, levelled
 from hatify.classify import Classification
 from hatify.extract.bake import MASK, MaskedNorm, layer_family, mask_dim
 from hatify.free import Free
@@ -52,10 +52,23 @@ class Zeros(SupportInterpreter):
             labels = torch.where(mask, labels, ZERO).expand(out.shape)
         self.nonzero[node] = [everything(t.shape) for t in tensors_in(out)]
         if isinstance(out, Tensor) and isinstance(labels, Tensor) and labels.shape == out.shape:
-            free = self.findings.free.dims(node)
-            found = (everything((n,))[0] if d in free else may_be_nonzero(labels, d) for d, n in enumerate(out.shape))
-            self.nonzero[node] = [tuple(found)]
+            self.nonzero[node] = [self._nonzero(node, labels)]
         return labels
+
+    def _nonzero(self, node: fx.Node, labels: Tensor) -> Kept:
+        free = self.findings.free.dims(node)
+        return tuple(
+            torch.ones(n, dtype=torch.bool) if d in free else may_be_nonzero(labels, d)
+            for d, n in enumerate(labels.shape)
+        )
+
+    def _written(self, node: fx.Node, writer: fx.Node) -> None:
+        """What was zero before, and is written to, may be non-zero for some of its readers."""
+        super()._written(node, writer)
+        for other, labels in self.labels.items():
+            if other in self.nonzero and isinstance(labels, Tensor):
+                (before,) = self.nonzero[other]
+                self.nonzero[other] = [tuple(a | b for a, b in zip(before, self._nonzero(other, labels), strict=True))]
 
     def _unmasked_labels(self, node: fx.Node, out: Any) -> Labels:
         if node.op == "get_attr":
@@ -73,9 +86,7 @@ class Zeros(SupportInterpreter):
             return None
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        call = Call(
-            node, args, kwargs, out, module, self.space, self.findings, self._labels_of, self.env.__getitem__
-        )
+        call = Call(node, args, kwargs, out, module, self.space, self.findings, self._labels_of, self.env.__getitem__)
         if module is not None and (axes := _of_module(call)) is not None:
             return axes
         call.operation = operation_of(node, module)
@@ -102,8 +113,9 @@ def _of_module(call: Call) -> Axes | None:
     value = call.value_of(x) if isinstance(x, fx.Node) else None
     if not isinstance(value, Tensor) or not isinstance(call.out, Tensor):
         return None
+    assert isinstance(x, fx.Node)
     if layer_family(module) is not None:
-        return _of_layer(call, module, x, value.ndim)
+        return _of_layer(call, module, x)
     norm, mask = (module.norm, module.mask) if isinstance(module, MaskedNorm) else (module, None)
     if is_known(norm):
         return _of_norm(call, norm, mask, x, value.ndim)
@@ -112,11 +124,11 @@ def _of_module(call: Call) -> Axes | None:
     return None
 
 
-def _of_layer(call: Call, layer: Any, x: object, ndim: int) -> Axes | None:
+def _of_layer(call: Call, layer: Any, x: fx.Node) -> Axes | None:
     family: Any = layer_family(layer)
-    read, written = family.dims(layer)
+    read, _ = family.dims(layer)
     spatial = len(getattr(layer, "kernel_size", ()))
-    lead = tuple(range(call.out.ndim - 1 - spatial))
+    lead: Names = tuple(range(call.out.ndim - 1 - spatial))
     positions, edges = (tuple(f"{kind}{d}" for d in range(spatial)) for kind in "xy")
     given = lead if read is None else (*lead, "read", *positions)
     groups = getattr(layer, "groups", 1)
@@ -129,20 +141,19 @@ def _of_layer(call: Call, layer: Any, x: object, ndim: int) -> Axes | None:
     )
 
 
-def _of_norm(call: Call, norm: Any, mask: Tensor | None, x: object, ndim: int) -> Axes | None:
+def _of_norm(call: Call, norm: Any, mask: Tensor | None, x: fx.Node, ndim: int) -> Axes | None:
     """Statistics need the features that the mask has on, and every position."""
     dims, names = FEATURE_DIMS[type(norm)](norm, ndim), tuple(range(ndim))
     if keeps_features_apart(norm):
         per_sample = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
         batch_statistics = getattr(norm, "running_mean", None) is None
         whole = names[2:] if per_sample else (0, *names[2:]) if batch_statistics else ()
-        return call.axes([(x, names)], names, whole=whole)
+        return call.axes([(x, names)], names, filled=whole)
     groups = getattr(norm, "num_groups", 1)
     over = {*dims, *(range(2, ndim) if groups > 1 or hasattr(norm, "num_groups") else ())}
     feature = None if mask is None else mask_dim(norm, ndim, mask)
     needed = {} if mask is None else {feature: mask != 0}
     grouped = (feature,) if groups > 1 and mask is not None else ()
     return call.axes(
-        [(x, names)], names, whole=over - {feature}, needed=needed, grouped=grouped, groups=groups if grouped else 1
+        [(x, names)], names, filled=over - {feature}, needed=needed, grouped=grouped, groups=groups if grouped else 1
     )
-

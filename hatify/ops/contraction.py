@@ -97,7 +97,7 @@ def attended(call: Call) -> Axes | None:
     if isinstance(bias, Tensor):
         names = (*batch, "X", "J")
         operands.append((call.given(3, "attn_mask"), names[len(names) - bias.ndim :]))
-    return call.axes(operands, (*batch, "X", "Z"), whole="J")
+    return call.axes(operands, (*batch, "X", "Z"), filled="J")
 
 
 @op(F.scaled_dot_product_attention, cut=attended, resize=resize.scaled_as_before)

@@ -158,19 +158,24 @@ def moved(call: Call) -> Moves | None:
     def run(numbered: int, index: Tensor) -> list[Tensor]:
         parts = [index if i == numbered else index.new_zeros(()).expand(v.shape) for i, v in enumerate(values)]
         first = parts[0] if pieces[0] is given else parts
-        moved = _run(call, (first, *call.args[1:]) if name is None else (), {**call.kwargs, **({name: first} if name else {})})
+        moved = _run(
+            call, (first, *call.args[1:]) if name is None else (), {**call.kwargs, **({name: first} if name else {})}
+        )
         return [t for t in tree_leaves(moved) if isinstance(t, Tensor)]
 
     sources = []
     for number, value in enumerate(values):
-        # What moves with all the numbers is an element; what stays the same is from elsewhere.
-        none = torch.zeros((), dtype=torch.int64).expand(value.shape)
-        inside = tuple(compact(b - a == 1) for a, b in zip(run(number, none), run(number, none + 1), strict=True))
+        inside = tuple(torch.ones((1,) * t.ndim, dtype=torch.bool) for t in outs)
+        if not call.has_trait(Trait.KEEPS_ORDER):
+            # What moves with all the numbers is an element; what stays the same is from elsewhere.
+            none = torch.zeros((), dtype=torch.int64).expand(value.shape)
+            pairs = zip(run(number, none), run(number, none + 1), strict=True)
+            inside = tuple(compact(b - a == 1) for a, b in pairs)
         maps: list[tuple[Tensor, ...] | None] = []
         for d, size in enumerate(value.shape):
             index = torch.arange(1, size + 1).view(-1, *(1,) * (value.ndim - 1 - d)).expand(value.shape)
-            found = run(number, index) if size > 1 else []
-            kept = tuple(_settled(torch.where(i, t, 0)) for t, i in zip(found, inside, strict=size > 1))
+            found = map(compact, run(number, index)) if size > 1 else ()
+            kept = tuple(_settled(t if i.all() else torch.where(i, t, 0)) for t, i in zip(found, inside, strict=False))
             maps.append(kept if size > 1 else None)
         sources.append(Source(pieces[number], tuple(maps), inside))
     by_shape = [n for n in call.node.all_input_nodes if n not in pieces] if call.has_trait(Trait.BY_SHAPE) else []
@@ -178,14 +183,12 @@ def moved(call: Call) -> Moves | None:
 
 
 def _read_otherwise(call: Call, ndim: int) -> set[int] | None:
-    """The dimensions along which other inputs may be read at other indices than now; None: any."""
+    """The dimensions along which other inputs may be read at other indices than now, or every so many; None: any."""
     if call.node.target is operator.getitem:
         computed, by_sizes = _dims_of_keys(call, ndim)
-        return computed | by_sizes
-    loose = has_computed_indices(call)
-    if not loose and not call.has_trait(Trait.KEEPS_ORDER):
-        loose = any(map(call.free.follows, _amounts(call)))
-    return _dims_read(call) if loose else set()
+        stepping = [dims for _, key, dims in _keys(call, ndim) if isinstance(key, slice) and key.step not in (None, 1)]
+        return computed.union(by_sizes, *stepping)
+    return _dims_read(call) if has_computed_indices(call) else set()
 
 
 def _settled(index: Tensor) -> Tensor:
@@ -314,19 +317,10 @@ def item(call: Call) -> Labels:
 
 def _dims_of_keys(call: Call, ndim: int) -> tuple[set[int], set[int]]:
     """The dimensions that ``x[…]`` reads at computed indices, and those of which it reads another part by sizes."""
-    keys, values = call.node.args[1], call.args[1]
-    if not isinstance(keys, (tuple, list)):
-        keys, values = (keys,), (values,)
-    used = [
-        0 if v is None or v is ... else v.ndim if isinstance(v, Tensor) and v.dtype == torch.bool else 1 for v in values
-    ]
     free = call.free.dims(call.node.args[0])
     computed: set[int] = set()
     by_sizes: set[int] = set()
-    dim = 0
-    for key, value, count in zip(keys, values, used, strict=True):
-        dims = set(range(dim, dim + count))
-        dim += ndim - sum(used) if value is ... else count
+    for key, _, dims in _keys(call, ndim):
         amounts: list[fx.Node] = []
         fx.node.map_arg(key, amounts.append)
         if any(_is_computed(call, node) for node in amounts):
@@ -334,6 +328,21 @@ def _dims_of_keys(call: Call, ndim: int) -> tuple[set[int], set[int]]:
         if key != slice(None):
             by_sizes |= dims if any(map(call.free.follows, amounts)) else dims & free
     return computed, by_sizes
+
+
+def _keys(call: Call, ndim: int) -> list[tuple[Any, Any, set[int]]]:
+    """What ``x[…]`` is given, in the graph and as values, and the dimensions that each concerns."""
+    keys, values = call.node.args[1], call.args[1]
+    if not isinstance(keys, (tuple, list)):
+        keys, values = (keys,), (values,)
+    used = [
+        0 if v is None or v is ... else v.ndim if isinstance(v, Tensor) and v.dtype == torch.bool else 1 for v in values
+    ]
+    found, dim = [], 0
+    for key, value, count in zip(keys, values, used, strict=True):
+        found.append((key, value, set(range(dim, dim + count))))
+        dim += ndim - sum(used) if value is ... else count
+    return found
 
 
 @op(getattr, traits={Trait.MOVES}, cut=moved)

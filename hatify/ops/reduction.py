@@ -14,7 +14,6 @@ from hatify.axes import Axes, Names
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.ops.registry import Call, Cut, Labels, Rule, Trait, aligned, alike, op
 
-
 # Within a channel ----------------------------------------------------------------------------------------------------
 
 
@@ -46,8 +45,10 @@ def _within_channels(positions: int | None) -> Cut:
         behind = x.ndim - 2 if positions is None else positions
         lead, own = tuple(range(x.ndim - behind)), tuple(f"x{d}" for d in range(behind))
         made = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
-        outs = [(*lead, *(f"y{d}" for d in range(behind))) for _ in made]
-        return call.axes([(call.given(0, "input"), (*lead, *own))], *outs, whole=(*own, *(f"y{d}" for d in range(behind))))
+        outs: list[Names] = [(*lead, *(f"y{d}" for d in range(behind))) for _ in made]
+        return call.axes(
+            [(call.given(0, "input"), (*lead, *own))], *outs, whole=(*own, *(f"y{d}" for d in range(behind)))
+        )
 
     return cut
 
@@ -113,7 +114,7 @@ def _reduced(place: int) -> Cut:
         left: Names = tuple(d for d in range(x.ndim) if d not in reduced)
         made = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
         outs = [left if t.ndim == len(left) else tuple(range(x.ndim)) for t in made]
-        return call.axes([(call.given(0, "input"), tuple(range(x.ndim)))], *outs, whole=reduced)
+        return call.axes([(call.given(0, "input"), tuple(range(x.ndim)))], *outs, filled=reduced)
 
     return cut
 
@@ -152,7 +153,7 @@ def mixed(call: Call) -> Axes | None:
     if not isinstance(dim, int) or not isinstance(call.out, Tensor):
         return None
     names = aligned(call.out)
-    return call.axes([(call.given(0, "input"), names)], names, whole=(names[dim],))
+    return call.axes([(call.given(0, "input"), names)], names, filled=(dim % call.out.ndim - call.out.ndim,))
 
 
 @op(

@@ -282,13 +282,18 @@ class Call:
         return constant_labels(self.out if like is None else like, ON)
 
     def axes(
-        self, operands: Iterable[tuple[Any, Names]], *outs: Names, whole: Iterable[Name] = (), **more: Any
+        self,
+        operands: Iterable[tuple[Any, Names]],
+        *outs: Names,
+        whole: Iterable[Name] = (),
+        filled: Iterable[Name] = (),
+        **more: Any,
     ) -> Axes | None:
         """Operands, and the tensors of the output, with the names of their dimensions; None where sizes disagree."""
         given = [(n, names) for n, names in operands if isinstance(n, fx.Node)]
         made = [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
         values = [*(self.value_of(n) for n, _ in given), *made]
-        if len(made) != len(outs) or not all(isinstance(v, Tensor) for v in values):
+        if not given or len(made) != len(outs) or not all(isinstance(v, Tensor) for v in values):
             return None
         sizes: dict[Name | None, int] = {}
         found: list[Names] = []
@@ -303,7 +308,7 @@ class Call:
         for (node, _), names in zip(given, found, strict=False):
             if names_of.setdefault(node, names) != names:
                 return None
-        return Axes(tuple(names_of.items()), tuple(found[len(given) :]), frozenset(whole), **more)
+        return Axes(tuple(names_of.items()), tuple(found[len(given) :]), frozenset(whole), frozenset(filled), **more)
 
     def mask(self, labels: Tensor, zero_stays: bool = False, needed: bool = False) -> Tensor:
         """Ask for a mask on this node's output, so that its support becomes `labels`; ON where that cannot be.
