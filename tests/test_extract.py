@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hatify
+from hatify.ops import OPERATIONS, Trait, alike, op
 from networks import FRONTS, generate
 from oracles import answers, difference, half_on, no_repairs, same_bits
 
@@ -66,6 +68,24 @@ def test_generated_networks(seed: int) -> None:
         with torch.no_grad():
             assert same_bits(torch.utils._pytree.tree_leaves(exact(*inputs)), expected)
             assert difference(compact(*inputs), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_was_taken_out_does_not_matter(seed: int) -> None:
+    """Noise in exactly the entries that are gone: the model answers as before, bit for bit."""
+    generated = generate(random.Random(seed), FRONTS[seed % len(FRONTS)])
+    model = hatify.hatify(trained_like(generated.net), 2, generated.inputs(2))
+    finish(model, 0, seed=seed)
+    exact, compact = (dict(hatify.extract_task(model, 0, compact=c).named_parameters()) for c in (False, True))
+    inputs = generated.inputs(4)
+    expected = answers(model, 0, inputs)
+    model.__dict__["guard"] = None  # else what is written below is put right
+    parameters = dict(model.named_parameters())
+    for name, left in compact.items():
+        if name in exact and name in parameters and exact[name].shape == parameters[name].shape:
+            gone = ~torch.isin(exact[name], left)
+            parameters[name].data[gone] = torch.randn(int(gone.sum()), dtype=left.dtype)
+    assert same_bits(answers(model, 0, inputs), expected)
 
 
 # What goes -----------------------------------------------------------------------------------------------------------
@@ -344,6 +364,28 @@ def test_onnx(name: str, tmp_path: Path) -> None:
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """An operation that is registered as elementwise, and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, -1) + x
+
+
+@pytest.mark.parametrize("labels", [lambda call: call.all_on(), lambda call: call.label(0)])
+def test_a_wrong_record_makes_no_other_network(labels: Callable[[Any], Any]) -> None:
+    """Each operation is run beside its original; in the end, the network stays at full size."""
+    op(Mixing, traits={Trait.ELEMENTWISE}, cut=alike)(labels)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compact = extracted(nn.Sequential(nn.Linear(3, 12), Mixing(), nn.Linear(12, 2)), 3)
+    finally:
+        del OPERATIONS[Mixing]
+    assert compact.get_submodule("0").out_features == 12
+    said = [str(w.message) for w in caught if "task 0 stays at full size" in str(w.message)]
+    assert all("without the features that are off, _2 would be another one" in message for message in said)
 
 
 def test_what_cannot_be_extracted_is_said() -> None:

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 from hatify.asking import answering, arguments
 from hatify.errors import HatError, HatWarning, TaskError
 from hatify.examples import refusals_named
-from hatify.extract.bake import bake, children_of
-from hatify.extract.cut import cut
-from hatify.extract.lower import lower
+from hatify.extract.baking import bake, children_of
+from hatify.extract.cutting import cut
+from hatify.extract.lowering import lower
 from hatify.extract.plain import Plain
 from hatify.model import HatModel
 from hatify.ops.resize import CannotCut
@@ -72,13 +72,20 @@ def extract_task(
 
 def _smaller(baked: Plain, inputs: Any, task: int) -> Plain:
     """The network without the features that are off; or as it is, with a warning, if that computes something else."""
-    sizes, free = accepted_sizes(baked.module("Baked"), (baked.graph,), inputs)
+    net = baked.module("Baked")
+    sizes, free = accepted_sizes(net, (baked.graph,), inputs)
+    sensible = [given for given in sizes[1:] if _is_finite(net(*positional(baked.graph, given)))]
     try:
-        return cut(baked, sizes, free)
+        return cut(baked, [sizes[0], *sensible], free)
     except CannotCut as refused:
         message = f"task {task} stays at full size: without the features that are off, {refused} would be another one"
         warnings.warn(message, HatWarning, stacklevel=3)
         return baked
+
+
+def _is_finite(outputs: Any) -> bool:
+    """Whether there are numbers to compare, as a variance of one position is none."""
+    return all(bool(t.isfinite().all()) for t in tree_leaves(outputs) if isinstance(t, Tensor))
 
 
 class _Fullness(fx.Interpreter):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Names, any_but, everything, levelled
 from hatify.classify import Classification
-from hatify.extract.bake import MASK, MaskedNorm, layer_family, mask_dim
+from hatify.extract.baking import MASK, MaskedNorm, layer_family, mask_dim
 from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.nn.norms import FEATURE_DIMS, is_known

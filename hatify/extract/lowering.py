@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from hatify.extract.bake import DTYPE, NDIM, MaskedNorm
+from hatify.extract.baking import DTYPE, NDIM, MaskedNorm
 from hatify.extract.plain import Plain
 from hatify.nn.norms import NORMS, is_known
 from hatify.ops import Trait, operation_of
