@@ -20,7 +20,7 @@ from hatify.free import check_sizes
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer
-from hatify.nn.norms import NORMS, _masked_affine, is_known
+from hatify.nn.norms import NORMS, AsModule, _masked_affine, is_known, masked_norm
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import TaskState
 from hatify.ops.resize import CannotCut, resized
@@ -136,6 +136,8 @@ class Writer:
             return self._module(node, args, {k: v for k, v in kwargs.items() if v is not None or k != "mask"})
         if node.target in (masked, masked_off):
             return self._masked(node, args[0])
+        if node.target is masked_norm:
+            return self._norm(node, args, kwargs)
         if node.target in (check_size, check_argument):
             return self._guard(*args)
         if node.target is check_sizes:
@@ -326,10 +328,21 @@ class Writer:
                 result._parameters[name] = self._parameter(before, parameter)
         return result
 
+    def _norm(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """A normalisation written as a function; it keeps every feature."""
+        values = {
+            name: self.root[str(kwargs[name].target)] if isinstance(value, Tensor) else value
+            for name, value in self.removal.given[node].items()
+        }
+        norm = AsModule(args[1], values)
+        return self._recorded(
+            node.name, norm, NORMS[norm.kind], args[0], node, self.removal.masks[node].to(self.device)
+        )
+
     def _recorded(
         self,
         path: str,
-        norm: nn.Module,
+        norm: Any,
         forward: Callable[..., Any],
         x: fx.Node,
         node: fx.Node,

@@ -23,7 +23,7 @@ from hatify.labels import ON, ZERO, LabelSpace, compact
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer, family_of
-from hatify.nn.norms import FEATURE_DIMS, NORMS, is_known, zero_at_zero
+from hatify.nn.norms import FEATURE_DIMS, NORMS, is_known, masked_norm, zero_at_zero
 from hatify.nn.per_task import PerTaskNorm, PerTaskTensor
 from hatify.nn.state import STATE, TaskState
 from hatify.ops import OPERATIONS, Call, Findings, Labels, constant_labels, movement, operation_of
@@ -49,6 +49,7 @@ class Removal(SupportInterpreter):
         layers: of each module that can be cut, its input (None for lookups) and output axes.
         norms: of each normalisation that can be cut, the axes of its parameters.
         masks: the mask of each node that applies one.
+        given: to each normalisation that is written as a function.
         dtypes: of each node's output, where that is a tensor.
         passed: calls of modules that do nothing in evaluation mode.
     """
@@ -62,7 +63,7 @@ class Removal(SupportInterpreter):
         compact: bool,
         free: Free,
     ) -> None:
-        nothing = Classification({}, frozenset())
+        nothing = Classification({})
         super().__init__(children, graph, nothing, LabelSpace(couple=True), Findings(free))
         self.plain, self.frozen, self.compact = modules, frozen, compact
         self.axes: dict[fx.Node, Any] = {}
@@ -70,6 +71,7 @@ class Removal(SupportInterpreter):
         self.layers: dict[str, tuple[Axis | None, Axis]] = {}
         self.norms: dict[str, Dims] = {}
         self.masks: dict[fx.Node, Tensor] = {}
+        self.given: dict[fx.Node, dict[str, Any]] = {}
         self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.passed: set[fx.Node] = set()
         self.relations: list[Relation] = []
@@ -126,6 +128,9 @@ class Removal(SupportInterpreter):
     def _mask_of(self, node: fx.Node) -> Tensor | None:
         if node.target in (masked, masked_off):
             return self.env[node.args[1]]  # type: ignore[index]
+        if node.target is masked_norm:
+            self.given[node] = self.fetch_args_kwargs_from_env(node)[1]
+            return self.env[node.args[2]]  # type: ignore[index]
         mask = node.kwargs.get("mask") if node.op == "call_module" else None
         return self.env[mask] if isinstance(mask, fx.Node) and is_mask(mask) else None
 

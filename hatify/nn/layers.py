@@ -38,13 +38,19 @@ class HatLayer:
 
     @staticmethod
     @abstractmethod
-    def features(layer: Any) -> int:
-        """How many output features `layer` has."""
+    def shape(layer: Any) -> tuple[int, ...]:
+        """The shape of the weight, which is told by the layer's settings: a weight that is computed stays untouched."""
 
     @staticmethod
     @abstractmethod
     def connection(layer: Any) -> Connection:
         """Which features the entries of the weight connect, and where they lie in input and output."""
+
+    @classmethod
+    def features(cls, layer: Any) -> int:
+        """How many output features `layer` has."""
+        connection = cls.connection(layer)
+        return connection.count(connection.written, cls.shape(layer))
 
     @classmethod
     def dims(cls, layer: Any) -> tuple[int | None, int]:
@@ -55,7 +61,7 @@ class HatLayer:
     @classmethod
     def entries(cls, layer: Any, written: Tensor, read: Tensor | None) -> Entries:
         """What each parameter's entries connect, given the output (O, …) and input (I, …) features."""
-        found: Entries = {"weight": cls.connection(layer).entries(layer.weight.shape, written, read)}
+        found: Entries = {"weight": cls.connection(layer).entries(cls.shape(layer), written, read)}
         return found | {"bias": (written, None)} if hasattr(layer, "bias") else found
 
     @staticmethod
@@ -91,8 +97,8 @@ class HatLinear(HatLayer, nn.Linear):
     base = nn.Linear
 
     @staticmethod
-    def features(layer: nn.Linear) -> int:
-        return layer.out_features
+    def shape(layer: nn.Linear) -> tuple[int, ...]:
+        return layer.out_features, layer.in_features
 
     @staticmethod
     def connection(layer: nn.Linear) -> Connection:
@@ -118,8 +124,8 @@ class _HatConv(HatLayer):
     """What the convolutions share."""
 
     @staticmethod
-    def features(layer: nn.modules.conv._ConvNd) -> int:
-        return layer.out_channels
+    def shape(layer: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
     @staticmethod
     def connection(layer: nn.modules.conv._ConvNd) -> Connection:
@@ -152,7 +158,7 @@ class _HatConv(HatLayer):
             return self._conv_forward(x, self.weight, self.bias)  # type: ignore[attr-defined]
         if self.fold:
             return self._conv_forward(x, *masked_parameters(self, mask))  # type: ignore[attr-defined]
-        return masked(self._conv_forward(x, self.weight, self.bias), mask, self.dims(self)[1])  # type: ignore[arg-type,attr-defined]
+        return masked(self._conv_forward(x, self.weight, self.bias), mask, self.dims(self)[1])  # type: ignore[attr-defined]
 
 
 class HatConv1d(_HatConv, nn.Conv1d):
@@ -177,6 +183,10 @@ class _HatConvTranspose(_HatConv):
     """What the transposed convolutions share: the weight has shape (I, O / groups, *kernel)."""
 
     @staticmethod
+    def shape(layer: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+        return layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size
+
+    @staticmethod
     def connection(layer: nn.modules.conv._ConvNd) -> Connection:
         channel = (-1 - len(layer.kernel_size),)
         return Connection((1,), (0,), channel, channel, layer.groups)
@@ -189,7 +199,7 @@ class _HatConvTranspose(_HatConv):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, output_size: Any = None) -> Tensor:
         y: Tensor = self.base.forward(self, x, output_size)
-        return y if mask is None else masked(y, mask, self.dims(self)[1])  # type: ignore[arg-type]
+        return y if mask is None else masked(y, mask, self.dims(self)[1])
 
 
 class HatConvTranspose1d(_HatConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
@@ -216,8 +226,8 @@ class HatEmbedding(HatLayer, nn.Embedding):
     base = nn.Embedding
 
     @staticmethod
-    def features(layer: nn.Embedding) -> int:
-        return layer.embedding_dim
+    def shape(layer: nn.Embedding) -> tuple[int, ...]:
+        return layer.num_embeddings, layer.embedding_dim
 
     @staticmethod
     def connection(layer: nn.Embedding) -> Connection:

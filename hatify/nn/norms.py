@@ -13,7 +13,7 @@ To add a normalisation, write a function of (norm, input, mask) and register it 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -163,6 +163,56 @@ def register_timm() -> None:
         for kind in (getattr(layers, name, None) for name in names):
             if kind is not None:
                 normalises(kind, dims=channel)(channels_first(NORMS[base]))
+
+
+class AsModule:
+    """What a function is given for a normalisation, under the names that the module has for it.
+
+    Args:
+        kind: the type of the module, by its name in `torch.nn`.
+        given: the function's arguments by name, where they were given.
+    """
+
+    def __init__(self, kind: str, given: dict[str, Any]) -> None:
+        self.kind: type[nn.Module] = getattr(nn, kind)
+        instance = issubclass(self.kind, nn.modules.instancenorm._InstanceNorm)
+        self.training: bool = given.get("use_input_stats", True) if instance else given.get("training", False)
+        self.eps = given.get("eps", None if self.kind is nn.RMSNorm else 1e-5)
+        self.momentum = given.get("momentum", 0.1)
+        self.weight, self.bias = given.get("weight"), given.get("bias")
+        self.running_mean, self.running_var = given.get("running_mean"), given.get("running_var")
+        self.normalized_shape, self.num_groups = tuple(given.get("normalized_shape", ())), given.get("num_groups")
+        self.track_running_stats, self.num_batches_tracked = True, None
+        self._parameters: dict[str, Any] = {}
+        self._modules: dict[str, Any] = {}
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Weight and bias, where they were given."""
+        return ((name, getattr(self, name)) for name in ("weight", "bias") if getattr(self, name) is not None)
+
+    def named_buffers(self) -> Iterator[tuple[str, Any]]:
+        """Running statistics, where they were given."""
+        names = ("running_mean", "running_var")
+        return ((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
+
+
+def masked_norm(x: Tensor, kind: str, mask: Tensor, **given: Any) -> Tensor:
+    """A normalisation written as a function, over the active features: what the module does with the same mask."""
+    norm = AsModule(kind, given)
+    return NORMS[norm.kind](norm, x, mask)
+
+
+def feature_dims(norm: Any, ndim: int) -> range:
+    """The dimensions of an input with `ndim` dimensions that the features of `norm` may lie along."""
+    return FEATURE_DIMS[norm.kind if isinstance(norm, AsModule) else type(norm)](norm, ndim)
+
+
+def takes_inside(norm: Any, dim: int | tuple[int, ...], ndim: int) -> bool:
+    """Whether the masked dimension is one that the normalisation treats as features."""
+    if dim not in feature_dims(norm, ndim):
+        return False
+    shape = getattr(norm, "normalized_shape", (0,))
+    return len(shape) <= 1 or len(set(shape)) == len(shape)
 
 
 def is_known(norm: nn.Module) -> bool:
