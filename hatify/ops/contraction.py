@@ -288,11 +288,11 @@ def _layer(connection: Connection, groups: int | None = None) -> AsLayer:
 
 def _register_layers() -> None:
     """Layers written as functions; those whose weights are parameters follow from the record."""
-    op(F.linear, cut=layer_like, layer=_layer(Connection((0,), (1,), (-1,), (-1,))))(computed_layer)
+    op(F.linear, cut=layer_like, layer=_layer(Connection((0,), (1,), (-1,), (-1,))))(functional_layer)
     transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
     for spatial, plain, upwards in zip((-2, -3, -4), (F.conv1d, F.conv2d, F.conv3d), transposed, strict=True):
-        op(plain, cut=layer_like, layer=_layer(Connection((0,), (1,), (spatial,), (spatial,)), 6))(computed_layer)
-        op(upwards, layer=_layer(Connection((1,), (0,), (spatial,), (spatial,)), 6))(computed_layer)
+        op(plain, cut=layer_like, layer=_layer(Connection((0,), (1,), (spatial,), (spatial,)), 6))(functional_layer)
+        op(upwards, layer=_layer(Connection((1,), (0,), (spatial,), (spatial,)), 6))(functional_layer)
 
 
 def _lookup_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
@@ -309,7 +309,7 @@ def looked_up(call: Call) -> Labels:
     return call.all_on()
 
 
-def computed_layer(call: Call) -> Labels:
+def functional_layer(call: Call) -> Labels:
     """A layer whose weight is computed: every parameter in it acts as a whole."""
     weight, bias = call.given(1, "weight"), call.given(2, "bias")
     call.findings.opaque.update(sources(weight), sources(bias))
