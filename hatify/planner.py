@@ -152,7 +152,8 @@ class _Planner:
         return all(asks(user) for node in self.read.get(name, ()) for user in node.users)
 
     def _use(self, name: str, use: Use) -> None:
-        if self.names[name] in self.parameters:  # not of a constant
+        # Nobody shares what each task has its own of, and nothing changes a constant.
+        if self.names[name] in self.parameters and name not in self.classification.tensors:
             self.uses.setdefault(self.names[name], []).append(use)
 
     def _raw_parameter(self, name: str, value: Tensor, policy: Policy, reason: str) -> tuple[Policy, str]:

@@ -436,7 +436,6 @@ def _contractions() -> Iterator[Case]:
             yield call(key, x(2, 4, *(5,) * spatial), Given(torch.randn(6, 4, *(3,) * spatial)), Given(torch.randn(6)))
             yield call(key, x(2, 4, *(5,) * spatial), x(6, 4, *(3,) * spatial))
 
-
     for target in (torch.addmm, "addmm"):
         for added in (x(3, 5), x(5), Given(torch.randn(5))):
             yield call(target, added, x(3, 4), x(4, 5))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.answers import asks
+from hatify.labels import ON
 from hatify.nn.connection import Connection
 from hatify.nn.layers import family_of
 from hatify.ops.reduction import read_along
@@ -277,7 +278,7 @@ def weighted(call: Call, layer: WeightedCall, policy: Policy) -> Labels:
     if connection.read:
         read = None if call.is_empty else _read(call, layer)
         call.reads(layer.owner, connection.count(connection.read, layer.shape), read)
-    if policy not in (Policy.SHARED, Policy.ROW) or min(connection.out) < -call.out.ndim:
+    if policy is Policy.UNMASKED or not _fits(connection.out, connection.written, call.out.shape, layer):
         return call.all_on()
     written = call.space.feature_leaves(layer.owner, layer.features)
     if call.space.couple and read is not None and 1 < connection.groups == read.shape[0]:
@@ -290,15 +291,23 @@ def weighted(call: Call, layer: WeightedCall, policy: Policy) -> Labels:
     return call.mask_own(written, connection.out)
 
 
+def _fits(places: tuple[int, ...], dims: tuple[int, ...], shape: torch.Size, layer: WeightedCall) -> bool:
+    """Whether the features along `dims` of the weight lie at these places of a tensor: none are spread."""
+    sizes = [shape[d] if -len(shape) <= d < len(shape) else 0 for d in places]
+    return math.prod(sizes) == layer.connection.count(dims, layer.shape)
+
+
 def _read(call: Call, layer: WeightedCall) -> Tensor:
     """Labels of the input features (I,), in the order of the weight's."""
     labels: Tensor = call.labels_of(layer.input)
-    dims, connection = layer.connection.input, layer.connection
-    if len(dims) == 1 and connection.groups > 1:
-        return read_along(call, labels, dims)
-    # Dimensions that are not there, or of size 1, are spread.
-    labels = labels.view(*(1,) * (-min(0, min(dims) + labels.ndim)), *labels.shape)
-    sizes = list(labels.shape)
-    for d, in_weight in zip(dims, connection.read, strict=True):
-        sizes[d] = layer.shape[in_weight] if sizes[d] == 1 else sizes[d]
-    return read_along(call, labels.expand(sizes), dims)
+    connection, dims = layer.connection, layer.connection.input
+    if connection.groups == 1:
+        # Dimensions that are not there, or of size 1, are spread.
+        labels = labels.view(*(1,) * -min(0, min(dims) + labels.ndim), *labels.shape)
+        sizes = list(labels.shape)
+        for d, in_weight in zip(dims, connection.read, strict=True):
+            sizes[d] = layer.shape[in_weight] if sizes[d] == 1 else sizes[d]
+        labels = labels.expand(sizes)
+    if not _fits(dims, connection.read, labels.shape, layer):
+        return torch.tensor(ON).expand(connection.count(connection.read, layer.shape))
+    return read_along(call, labels, dims)
