@@ -73,7 +73,7 @@ def classify(
     policies = {path: _by_type(m) for path, m in owning.items()}
     for path, override in overrides.items():
         policies.update(_override(path, override, called, owning))
-    layers = layers_of(net, graphs)
+    layers = {n: x for n, x in layers_of(net, graphs).items() if n.op != "call_module" or x.owner in owning}
     chosen = _heads(net, graphs, heads, owning, layers)
     for path in chosen & policies.keys() - overrides.keys():
         policies[path] = (Policy.HEAD, "output layer")

@@ -593,7 +593,33 @@ class TiedWithBias(nn.Module):
         return F.linear(torch.tanh(self.inner(torch.tanh(F.linear(x, self.weight)))), self.weight.t(), self.bias)
 
 
-OTHERS = [Spread, TiedWithBias, Tied, AlsoAdded, BiasOfItself, Queries, ResidualSum, Vector, Heads, Experts, EachHead]
+class OneOutput(nn.Module):
+    """A weight without rows, and one whose dtype alone is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.row, self.head = nn.Linear(3, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(torch.tanh(self.stem(x)).type_as(self.weight), self.weight.mT)
+        return self.head(torch.tanh(y)) * F.linear(torch.tanh(y), self.row).unsqueeze(-1)
+
+
+OTHERS = [
+    OneOutput,
+    Spread,
+    TiedWithBias,
+    Tied,
+    AlsoAdded,
+    BiasOfItself,
+    Queries,
+    ResidualSum,
+    Vector,
+    Heads,
+    Experts,
+    EachHead,
+]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
 from hatify.nn.connection import Connection
 from hatify.ops import resize
 from hatify.ops.registry import AsLayer, Call, Labels, op, sources
-from hatify.ops.weighted import WeightedCall, as_function, by_letters, given, read_as_it_is, with_added
+from hatify.ops.weighted import Read, WeightedCall, as_function, as_product, given, read_as_it_is, with_added
 
 if TYPE_CHECKING:
     from hatify.removal import Removal
@@ -42,31 +41,21 @@ def _product_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
 
 
 def _layer_of(net: nn.Module, a: Any, b: Any) -> WeightedCall | None:
-    """The layer that ``a @ b`` is."""
-    weights = [read is not None and isinstance(read.value, nn.Parameter) for read in _reads(net, a, b)]
-    if sum(weights) != 1:
+    """The layer that ``a @ b`` is; of a batch of matrices, each is for a feature along the first dimension."""
+    found = _weight_among(net, a, b)
+    if found is None or len(found[1].dims) not in (2, 3):
         return None
-    x, weight = (a, b) if weights[1] else (b, a)
-    (read,) = _reads(net, weight)
-    assert read is not None
-    # A batch of matrices is one for each feature along its first dimension.
-    many = len(read.dims) == 3 and (read.dims[0] is not None and read.value.shape[read.dims[0]] > 1)
-    h, k = "h" if many else "", {2: "", 3: "h"}.get(len(read.dims))
-    if k is None:
-        return None
-    letters = (f"...{h}mi", f"{k}io", f"...{h}mo") if weights[1] else (f"...{h}in", f"{k}oi", f"...{h}on")
-    if not many and weights[1]:
-        letters = ("...i", f"{k}io", "...o")
-    return _by_letters(net, x, weight, *letters)
+    (right, read), many = found, len(found[1].dims) == 3
+    h, k = "h" if many and read.shape[0] > 1 else "", "h" if many else ""
+    letters = (f"...{h}mi", f"{k}io", f"...{h}mo") if right else (f"...{h}in", f"{k}oi", f"...{h}on")
+    return as_product(net, *((a, b) if right else (b, a)), *letters)
 
 
-def _reads(net: nn.Module, *operands: Any) -> Iterator[Any]:
-    return (read_as_it_is(operand, net) for operand in operands)
-
-
-def _by_letters(net: nn.Module, x: Any, weight: Any, *letters: str) -> WeightedCall | None:
-    connection = by_letters(*letters)
-    return None if connection is None else as_function(net, x, weight, None, connection)
+def _weight_among(net: nn.Module, *operands: Any) -> tuple[int, Read] | None:
+    """The one operand that is a parameter, and its place; None if none is, or several are."""
+    reads = [read_as_it_is(operand, net) for operand in operands]
+    found = [(i, read) for i, read in enumerate(reads) if read is not None and isinstance(read.value, nn.Parameter)]
+    return found[0] if len(found) == 1 else None
 
 
 @op(
@@ -129,7 +118,7 @@ def _vector_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
     """A product of a parameter and a vector, and perhaps a bias."""
     position = 1 if node.target in (torch.addmv, "addmv") else 0
     mat, vec = given(node, position, "mat" if position else "input"), given(node, position + 1, "vec")
-    layer = _by_letters(net, vec, mat, "i", "oi", "o")
+    layer = as_product(net, vec, mat, "i", "oi", "o")
     return with_added(layer, given(node, 0, "input"), net) if position else layer
 
 
@@ -209,12 +198,11 @@ def _equation_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
     if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
         return None
     inputs, out = equation.split("->")
-    weights = [read is not None and isinstance(read.value, nn.Parameter) for read in _reads(net, *operands)]
-    names = inputs.split(",")
-    if sum(weights) != 1 or "." in names[weights.index(True)]:
+    names, found = inputs.split(","), _weight_among(net, *operands)
+    if found is None or "." in names[found[0]]:
         return None
-    x, weight = (0, 1) if weights[1] else (1, 0)
-    return _by_letters(net, operands[x], operands[weight], names[x], names[weight], out)
+    weight, x = found[0], 1 - found[0]
+    return as_product(net, operands[x], operands[weight], names[x], names[weight], out)
 
 
 @op(torch.einsum, cut=by_equation, layer=_equation_layer)
@@ -260,7 +248,7 @@ def _meet_along(call: Call, names: list[str], labels: list[Tensor], contracted: 
 def layer_like(removal: Removal, call: Call) -> bool:
     """As a layer: the weight's rows go with the output's features, its columns with the input's."""
     x, weight, bias = (call.given(i, name) for i, name in enumerate(("input", "weight", "bias")))
-    if call.argument(6, "groups", 1) != 1:
+    if call.argument(6, "groups", 1) != 1 or len(removal.dims(weight)) < 2:
         return False
     out, read, written = removal.axes[call.node], removal.dims(x), removal.dims(weight)
     spatial = len(written) - 2

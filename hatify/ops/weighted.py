@@ -107,6 +107,11 @@ class Read:
     value: Tensor
     dims: tuple[int | None, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        return tuple(1 if d is None else self.value.shape[d] for d in self.dims)
+
 
 def read_as_it_is(node: Any, net: nn.Module) -> Read | None:
     """The parameter or buffer of floating-point numbers that `node` is; None if it is anything else."""
@@ -173,9 +178,10 @@ def readers(graphs: tuple[fx.Graph, ...]) -> dict[str, set[fx.Node]]:
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
-        if user.args and user.args[0] is node and _rearranges(user):
+        moved = user.args and user.args[0] is node
+        if moved and _rearranges(user):
             yield from _readers(user)
-        elif not asks(user):
+        elif not asks(user) and (moved or user.target not in _LEAVING):  # else another tensor is cast like it
             yield user
 
 
@@ -201,7 +207,7 @@ def as_function(
         constant: whether a buffer will do as well.
     """
     read = read_as_it_is(weight, owner)
-    if read is None or not (constant or isinstance(read.value, nn.Parameter)):
+    if read is None or not (constant or isinstance(read.value, nn.Parameter)) or len(read.dims) < 2:
         return None
     written, contracted = (
         tuple(place for d in dims if (place := read.dims[d]) is not None)
@@ -224,7 +230,7 @@ def with_added(layer: WeightedCall | None, added: Any, net: nn.Module) -> Weight
     if layer is None or read is None or not isinstance(read.value, nn.Parameter):
         return None
     kept = [d for d in read.dims if d is not None]
-    wide = [d - len(read.dims) for d, own in enumerate(read.dims) if own is not None and read.value.shape[own] > 1]
+    wide = [d - len(read.dims) for d, size in enumerate(read.shape) if size > 1]
     aligned = kept == sorted(kept) and set(wide) <= set(layer.connection.out)
     fits = aligned and read.value.numel() == layer.features and read.name not in (layer.weight, _root(layer.input))
     return replace(layer, bias=read.name, added=added) if fits else None
@@ -237,26 +243,21 @@ def _root(node: Any) -> str | None:
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-def by_letters(x: str, weight: str, out: str) -> Connection | None:
-    """The connection of a product of `x` and `weight` that yields `out`, each with one letter for each dimension.
+def as_product(net: nn.Module, x: Any, weight: Any, in_x: str, in_weight: str, in_out: str) -> WeightedCall | None:
+    """The record of a sum of products of `x` and `weight`; a letter for each dimension of these and of the output.
 
     What comes before an ellipsis is counted from the front, else from the back. None if nothing is contracted, or if
     there are no features that only the weight has.
     """
-    if any(len(set(names)) < len(names) for names in (x.replace("...", "."), weight, out.replace("...", "."))):
+    x_places, out_places, names = _places(in_x), _places(in_out), set(in_weight)
+    repeated = any(len(set(found)) < len(found) for found in (in_x.replace("...", "."), in_weight))
+    summed, new = names & x_places.keys() - out_places.keys(), names & out_places.keys() - x_places.keys()
+    if repeated or not summed or not new:
         return None
-    contracted = [n for n in weight if n in x and n not in out]
-    if not contracted or not any(n in out and n not in x for n in weight):
-        return None
-    x_places, out_places = _places(x), _places(out)
-    read = [n for n in x_places if n in weight]
-    written = [n for n in out_places if n in weight]
-    return Connection(
-        tuple(map(weight.index, written)),
-        tuple(map(weight.index, read)),
-        tuple(out_places[n] for n in written),
-        tuple(x_places[n] for n in read),
-    )
+    read, written = ([n for n in places if n in names] for places in (x_places, out_places))
+    dims = (tuple(map(in_weight.index, written)), tuple(map(in_weight.index, read)))
+    places = (tuple(out_places[n] for n in written), tuple(x_places[n] for n in read))
+    return as_function(net, x, weight, None, Connection(*dims, *places))
 
 
 def _places(names: str) -> dict[str, int]:
