@@ -82,7 +82,8 @@ class _Planner:
         """Note what the parameters of weighted layers connect, once for every call."""
         calls: dict[str, list[WeightedCall]] = {}
         for layer in self.classification.layers.values():
-            if self.classification.policy_of(layer) in SHARING:
+            # A head that is a function may share its bias with others.
+            if self.classification.policy_of(layer) in SHARING or layer.owner in self.classification.functions:
                 calls.setdefault(layer.owner, []).append(layer)
         for owner, (layer, *others) in calls.items():
             written = self.slots.written_by(owner, layer.features)
@@ -190,7 +191,7 @@ class _Planner:
         if policy is not Policy.UNUSED:
             return policy, reason
         functions = [self.classification.functions[x.owner] for n, x in own.items() if n.op != "call_module"]
-        return min(functions, key=lambda found: SHARING.index(found[0]))
+        return min(functions, key=lambda found: (*SHARING, Policy.HEAD).index(found[0]))
 
     def _mask_source(self, name: str, value: Tensor, index: Tensor) -> None:
         """Mask a raw parameter where it is read, along the dimension its features lie in."""

@@ -606,7 +606,25 @@ class OneOutput(nn.Module):
         return self.head(torch.tanh(y)) * F.linear(torch.tanh(y), self.row).unsqueeze(-1)
 
 
+class SharedBiases(nn.Module):
+    """Two outputs whose biases are those of other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.weight, self.bias = (
+            nn.Linear(3, 6),
+            nn.Parameter(torch.randn(6, 6)),
+            nn.Parameter(torch.randn(6)),
+        )
+        self.first, self.second = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(F.linear(torch.tanh(self.stem(x)), self.weight, self.bias))
+        return F.linear(y, self.first, self.bias) + F.linear(y, self.second, self.stem.bias)
+
+
 OTHERS = [
+    SharedBiases,
     OneOutput,
     Spread,
     TiedWithBias,
