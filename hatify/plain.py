@@ -330,19 +330,26 @@ class Writer:
 
     def _norm(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """A normalisation written as a function; it keeps every feature."""
-        values = {
-            name: self.root[str(kwargs[name].target)] if isinstance(value, Tensor) else value
-            for name, value in self.removal.given[node].items()
-        }
-        norm = AsModule(args[1], values)
-        return self._recorded(
-            node.name, norm, NORMS[norm.kind], args[0], node, self.removal.masks[node].to(self.device)
-        )
+        dtype, ndim = self.removal.dtypes[node.all_input_nodes[0]], len(self.removal.axes[node])
+        tracer = _NormTracer(self, node.name, {}, dtype, ndim)
+
+        def value(name: str, found: Any) -> Any:
+            given = kwargs[name]
+            if isinstance(found, Tensor) and given.op == "get_attr":
+                found = self.root[str(given.target)]
+                tracer.tensors[id(found)] = name
+                return found
+            return tracer.proxy(given) if isinstance(found, Tensor) else found
+
+        norm = AsModule(args[1], {name: value(name, found) for name, found in self.removal.given[node].items()})
+        with torch.no_grad():
+            mask = self.removal.masks[node].to(self.device)
+            return NORMS[norm.kind](norm, tracer.proxy(args[0]), mask).node  # type: ignore[arg-type,attr-defined]
 
     def _recorded(
         self,
         path: str,
-        norm: Any,
+        norm: nn.Module,
         forward: Callable[..., Any],
         x: fx.Node,
         node: fx.Node,

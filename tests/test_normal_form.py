@@ -623,7 +623,21 @@ class SharedBiases(nn.Module):
         return F.linear(y, self.first, self.bias) + F.linear(y, self.second, self.stem.bias)
 
 
+class ScaledNorm(nn.Module):
+    """A norm whose weight is computed, and one whose weight follows from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.scale, self.head = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+        self.weight, self.gain = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(self.stem(x), (6,), self.weight * self.gain, self.gain)
+        return self.head(torch.tanh(F.rms_norm(y, (6,), 1 + torch.tanh(self.scale(x.mean((0, 1)))))))
+
+
 OTHERS = [
+    ScaledNorm,
     SharedBiases,
     OneOutput,
     Spread,
@@ -749,6 +763,21 @@ def test_weights_of_the_original_are_loaded_onto_functions_too() -> None:
     hatify.load_plain_state_dict(model, net.state_dict())
     x = torch.randn(3, 5, 8)
     assert torch.equal(model.eval()(x), hatify.hatify(net, 2, (x,)).eval()(x))
+
+
+def test_asking_for_a_size_does_not_move_running_statistics() -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.head = nn.Linear(3, 6), BatchNorm(nn.BatchNorm1d(6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.stem(x))
+            return self.head(y + x if y.shape == x.shape else y)
+
+    net, x = Asking().train(), torch.randn(4, 3)
+    model = hatify.hatify(net, 2, (x,))
+    assert torch.equal(model.eval()(x), net.eval()(x))
 
 
 class NormAlone(nn.Module):

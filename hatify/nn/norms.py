@@ -13,7 +13,7 @@ To add a normalisation, write a function of (norm, input, mask) and register it 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,15 +185,6 @@ class AsModule:
         self.track_running_stats, self.num_batches_tracked = True, None
         self._parameters: dict[str, Any] = {}
         self._modules: dict[str, Any] = {}
-
-    def named_parameters(self) -> Iterator[tuple[str, Any]]:
-        """Weight and bias, where they were given."""
-        return ((name, getattr(self, name)) for name in ("weight", "bias") if getattr(self, name) is not None)
-
-    def named_buffers(self) -> Iterator[tuple[str, Any]]:
-        """Running statistics, where they were given."""
-        names = ("running_mean", "running_var")
-        return ((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
 
 
 def masked_norm(x: Tensor, kind: str, mask: Tensor, **given: Any) -> Tensor:

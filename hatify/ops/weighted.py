@@ -81,7 +81,8 @@ def layers_of(net: nn.Module, graphs: tuple[fx.Graph, ...]) -> dict[fx.Node, Wei
         if layer is None:
             continue
         if node.op != "call_module":
-            way, known = (layer.connection.written, layer.connection.groups), ways.setdefault(layer.weight, [])
+            connection, known = layer.connection, ways.setdefault(layer.weight, [])
+            way = connection.written, connection.read, connection.groups
             if way not in known:
                 known.append(way)
             place = known.index(way)
