@@ -709,6 +709,87 @@ def test_the_weight_of_an_embedding_that_rescales_is_no_layer() -> None:
         hatify.hatify(Rescaled(), 2, (torch.randint(5, (2, 3)),))
 
 
+# At random -----------------------------------------------------------------------------------------------------------
+
+W = 6  # features
+#: What a step may do with x (N, L, W), a matrix, a vector, and the network's other parameters.
+STEPS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lambda net, x, w, b: F.linear(x, w, b),
+    "transposed": lambda net, x, w, b: F.linear(x, w.t()),
+    "addmm": lambda net, x, w, b: torch.addmm(b, x.reshape(-1, W), w).view(x.shape),
+    "product": lambda net, x, w, b: x @ w,
+    "einsum": lambda net, x, w, b: torch.einsum("bti,io->bto", x, w),
+    "left": lambda net, x, w, b: (w @ x.transpose(1, 2)).transpose(1, 2),
+    "heads": lambda net, x, w, b: torch.einsum("bthi,hio->btho", x.unflatten(-1, (2, 3)), net.heads).flatten(-2),
+    "batch": lambda net, x, w, b: (x.unflatten(-1, (2, 3)).transpose(1, 2) @ net.heads).transpose(1, 2).flatten(-2),
+    "table": lambda net, x, w, b: x + F.embedding(torch.arange(x.shape[1]) % W, w),
+    "row": lambda net, x, w, b: x + w[0],
+    "scale": lambda net, x, w, b: x * b,
+    "module": lambda net, x, w, b: net.layer(x),
+    "module's weight": lambda net, x, w, b: F.linear(x, net.layer.weight, net.layer.bias),
+    "module's weight, transposed": lambda net, x, w, b: F.linear(x, net.layer.weight.t(), b),
+    "grouped": lambda net, x, w, b: F.conv1d(x.transpose(1, 2), net.grouped, b, groups=2).transpose(1, 2),
+    "depthwise": lambda net, x, w, b: F.conv1d(x.transpose(1, 2), net.each, b, 1, 1, 1, W).transpose(1, 2),
+    "upwards": lambda net, x, w, b: F.conv_transpose1d(x.transpose(1, 2), net.grouped, b, groups=2).transpose(1, 2),
+    "layer norm": lambda net, x, w, b: F.layer_norm(x, (W,), b),
+    "RMS norm": lambda net, x, w, b: F.rms_norm(x, (W,), b),
+    "group norm": lambda net, x, w, b: F.group_norm(x.transpose(1, 2), 2, b).transpose(1, 2),
+    "batch norm": lambda net, x, w, b: F.batch_norm(
+        x.transpose(1, 2), net.mean, net.variance, b, None, net.training
+    ).transpose(1, 2),
+}
+
+
+class AtRandom(nn.Module):
+    """Steps that share few parameters, so that each is used in several ways."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, source: random.Random) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList([nn.Parameter(torch.randn(W, W) / 2) for _ in range(source.choice((1, 2)))])
+        self.vectors = nn.ParameterList([nn.Parameter(torch.randn(W) / 2) for _ in range(2)])
+        self.heads, self.grouped = nn.Parameter(torch.randn(2, 3, 3) / 2), nn.Parameter(torch.randn(W, 3, 1))
+        self.each, self.stem, self.layer = nn.Parameter(torch.randn(W, 1, 3)), nn.Linear(3, W), nn.Linear(W, W)
+        self.register_buffer("mean", torch.zeros(W))
+        self.register_buffer("variance", torch.ones(W))
+        self.steps = [
+            (
+                source.choice(tuple(STEPS)),
+                source.randrange(len(self.matrices)),
+                source.randrange(2),
+                source.random() < 0.5,
+            )
+            for _ in range(source.choice((3, 4, 5)))
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for kind, matrix, vector, residual in self.steps:
+            y = STEPS[kind](self, x, self.matrices[matrix], self.vectors[vector])
+            x = x + torch.tanh(y) if residual and y.shape == x.shape else y
+        return x
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_parameters_used_in_several_ways_never_leak(seed: int) -> None:
+    source = random.Random(seed)
+    torch.manual_seed(seed)
+    # As many positions as features, so that products from the left fit, too.
+    net, x = AtRandom(source), torch.randn(2, W, 3)
+    with no_repairs():
+        model = hatify.hatify(net, 2, (x,), couple=source.random() < 0.7)
+    torch.testing.assert_close(model.eval()(x), net.eval()(x), rtol=1e-3, atol=1e-4)
+
+    def inputs(n: int, seed: int) -> tuple[Tensor]:
+        return (torch.randn(n, W, 3, generator=torch.Generator().manual_seed(seed)),)
+
+    assert broken_promises(model, inputs, source, smallest_batch=2) == [], net.steps
+    for task in model.finished_tasks:
+        assert leaks(model, task, [inputs(3, 9)]) == [], net.steps
+
+
 # Heads ---------------------------------------------------------------------------------------------------------------
 
 
