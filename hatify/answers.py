@@ -129,7 +129,8 @@ class AnsweringTracer(fx.Tracer):
             value: Any = self.root
             for part in str(node.target).split("."):
                 value = getattr(value, part)
-            return value
+            # Functions, unlike modules, cannot be kept from writing to buffers, such as running statistics.
+            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_module":

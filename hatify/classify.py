@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from hatify.errors import ConversionError
 from hatify.nn.layers import LAYERS, HatLayer, family_of
 from hatify.nn.norms import is_known
 from hatify.ops import Trait, has_trait, operation_of
-from hatify.ops.contraction import weight_of
+from hatify.ops.normalization import own_tensors
+from hatify.ops.weighted import WeightedCall, layers_of, readers
 from hatify.policy import SELECTABLE, Policy
 
 #: The reason for a policy that `policies=` names.
@@ -28,16 +29,32 @@ class Classification:
 
     Attributes:
         modules: {path: (policy, reason)} for every called module with parameters or buffers.
-        output_weights: parameters that a graph reads directly as the weight of an output layer; these are shared
-            without a mask.
+        layers: the weighted layers that the graphs call.
+        functions: the same as `modules`, by their owners, for layers written as functions.
+        tensors: the same for parameters and buffers of functions of which each task has its own.
     """
 
     modules: dict[str, tuple[Policy, str]]
-    output_weights: frozenset[str]
+    layers: Mapping[fx.Node, WeightedCall] = field(default_factory=dict)
+    functions: Mapping[str, tuple[Policy, str]] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[Policy, str]] = field(default_factory=dict)
 
-    def per_task(self, paths: Iterable[str], reason: str) -> Classification:
-        """The same, but for modules that get one copy per task."""
-        return replace(self, modules=self.modules | {path: (Policy.PER_TASK, reason) for path in paths})
+    def policy_of(self, layer: WeightedCall) -> Policy:
+        """The policy of a weighted layer."""
+        return (self.functions if layer.owner in self.functions else self.modules)[layer.owner][0]
+
+    @property
+    def connecting(self) -> frozenset[str]:
+        """The parameters by which functions connect features: their entries have no labels."""
+        written = [layer for layer in self.layers.values() if layer.owner in self.functions]
+        return frozenset(name for layer in written for name in (layer.weight, layer.bias) if name is not None)
+
+    def per_task(self, owners: Container[str], reason: str) -> Classification:
+        """The same, but for modules that get one copy per task, and functions that are no layers."""
+        functions = {owner: policy for owner, policy in self.functions.items() if owner not in owners}
+        layers = {n: x for n, x in self.layers.items() if x.owner in functions or x.owner not in self.functions}
+        copied = {path: (Policy.PER_TASK, reason) for path in self.modules if path in owners}
+        return replace(self, modules=self.modules | copied, layers=layers, functions=functions)
 
 
 def classify(
@@ -56,11 +73,50 @@ def classify(
     policies = {path: _by_type(m) for path, m in owning.items()}
     for path, override in overrides.items():
         policies.update(_override(path, override, called, owning))
-    chosen = _heads(net, graphs, heads, owning)
+    layers = {n: x for n, x in layers_of(net, graphs).items() if n.op != "call_module" or x.owner in owning}
+    chosen = _heads(net, graphs, heads, owning, layers)
     for path in chosen & policies.keys() - overrides.keys():
         policies[path] = (Policy.HEAD, "output layer")
     _settle_ties(net, policies, graphs)
-    return Classification(policies, frozenset(chosen - policies.keys()))
+    return Classification(policies, layers, *_written_as_functions(net, graphs, layers, chosen, owning))
+
+
+def _written_as_functions(
+    net: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    layers: Mapping[fx.Node, WeightedCall],
+    heads: set[str],
+    owning: Mapping[str, nn.Module],
+) -> tuple[dict[str, tuple[Policy, str]], dict[str, tuple[Policy, str]]]:
+    """Policies of the layers that are written as functions, and of tensors of functions that each task has its own of.
+
+    A tensor of which each task has its own must be read nowhere else, and belong to no module that is called.
+    """
+    read = readers(graphs)
+    claimed = {id(t) for m in owning.values() for t in (*m.parameters(), *m.buffers())}
+    functions: dict[str, tuple[Policy, str]] = {}
+    tensors: dict[str, tuple[Policy, str]] = {}
+    outputs = {n: layer for n, layer in layers.items() if n.op != "call_module" and layer.owner in heads}
+
+    def is_own(name: str, nodes: Container[fx.Node]) -> bool:
+        return all(node in nodes for node in read[name]) and id(_attribute(net, name)) not in claimed
+
+    for node, layer in layers.items():
+        if node.op != "call_module":
+            functions[layer.owner] = (Policy.SHARED, "weight of a layer written as a function")
+    for layer in outputs.values():
+        own = is_own(layer.weight, outputs) and isinstance(_attribute(net, layer.weight), nn.Parameter)
+        names = [layer.weight] if own else []
+        names += [layer.bias] if layer.bias is not None and is_own(layer.bias, outputs) else []
+        tensors |= dict.fromkeys(names, (Policy.HEAD, "output layer"))
+        functions[layer.owner] = (Policy.HEAD if own else Policy.UNMASKED, "weight of an output layer")
+    for node in (n for graph in graphs for n in graph.nodes):
+        for name in own_tensors(node, net):
+            norms = {user for user in read[name] if name in own_tensors(user, net)}
+            if is_own(name, norms):
+                kind = getattr(node.target, "__name__", node.target)
+                tensors[name] = (Policy.NORM, f"{kind}: statistics and affine part of each task")
+    return functions, tensors
 
 
 def _has_state(module: nn.Module) -> bool:
@@ -188,56 +244,62 @@ def _heads(
     graphs: tuple[fx.Graph, ...],
     heads: str | Iterable[str] | None,
     owning: Mapping[str, nn.Module],
+    layers: Mapping[fx.Node, WeightedCall],
 ) -> set[str]:
-    """Paths of the output layers."""
+    """The owners of the output layers."""
     if heads is None:
         return set()
     if heads == "auto":
-        return set().union(*(_output_layers(net, graph, owning) for graph in graphs))
+        return set().union(*(_output_layers(net, graph, owning, layers) for graph in graphs))
     names = {heads} if isinstance(heads, str) else set(heads)
+    weights = {layer.owner for layer in layers.values()}
     for name in names:
-        if name not in owning:
+        if name not in owning and name not in weights:
             known = ", ".join(sorted(owning)[-5:])
             raise ConversionError(
-                f"heads: the graph calls no module {name!r} with parameters; the last ones are {known}"
+                f"heads: the graph calls no module {name!r} with parameters, and reads no such weight; "
+                f"the last ones are {known}"
             )
     return names
 
 
-def _output_layers(net: nn.Module, graph: fx.Graph, owning: Mapping[str, nn.Module]) -> set[str]:
+def _output_layers(
+    net: nn.Module, graph: fx.Graph, owning: Mapping[str, nn.Module], layers: Mapping[fx.Node, WeightedCall]
+) -> set[str]:
     """Weighted layers that reach an output of `graph` without making features for another layer on the way."""
     (output,) = (n for n in graph.nodes if n.op == "output")
-    feeding = _nodes_feeding_layers(graph, owning)
+    feeding = _nodes_feeding_layers(graph, owning, layers)
     found: set[str] = set()
     for node in output.all_input_nodes:
-        layers = _layers_behind(node, net, owning, feeding)
-        found |= layers or set()
+        found |= _layers_behind(node, net, owning, layers, feeding) or set()
     return found
 
 
-def _nodes_feeding_layers(graph: fx.Graph, owning: Mapping[str, nn.Module]) -> set[fx.Node]:
-    """Nodes whose value some module with parameters reads, directly or not."""
+def _nodes_feeding_layers(
+    graph: fx.Graph, owning: Mapping[str, nn.Module], layers: Mapping[fx.Node, WeightedCall]
+) -> set[fx.Node]:
+    """Nodes whose value some layer or module with parameters reads, directly or not."""
     feeding: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node in feeding or (node.op == "call_module" and node.target in owning):
+        if node in feeding or node in layers or (node.op == "call_module" and node.target in owning):
             feeding.update(node.all_input_nodes)
     return feeding
 
 
 def _layers_behind(
-    node: fx.Node, net: nn.Module, owning: Mapping[str, nn.Module], feeding: set[fx.Node]
+    node: fx.Node,
+    net: nn.Module,
+    owning: Mapping[str, nn.Module],
+    layers: Mapping[fx.Node, WeightedCall],
+    feeding: set[fx.Node],
 ) -> set[str] | None:
     """The output layers behind `node`, or None if anything else makes its features."""
     if node.op == "get_attr":
         return set()
     if node.op == "placeholder" or node in feeding:
         return None
-    if node.op == "call_module" and node.target in owning:
-        return {str(node.target)} if family_of(owning[str(node.target)]) else None
-    if has_trait(node, Trait.WEIGHTED):
-        weight = weight_of(node)
-        direct = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        return {str(weight.target)} if direct else None
+    if node in layers or (node.op == "call_module" and node.target in owning):
+        return {layers[node].owner} if node in layers else None
     if node.op == "call_module":
         module = net.get_submodule(str(node.target))
         known = operation_of(node, module)
@@ -250,10 +312,10 @@ def _layers_behind(
     for source in node.all_input_nodes:
         if _is_size(source):
             continue
-        layers = _layers_behind(source, net, owning, feeding)
-        if layers is None:
+        behind = _layers_behind(source, net, owning, layers, feeding)
+        if behind is None:
             return None
-        found |= layers
+        found |= behind
     return found
 
 

@@ -141,10 +141,8 @@ def _carried_out(
         given["s_max"],
         class_counts(given["num_tasks"], given["num_classes"]),
     )
-    if classes is not None and Policy.HEAD not in plan.modules.values():
-        raise ConversionError(
-            f"{type(net).__name__}: num_classes is given, but no output layer was found; name it with heads="
-        )
+    if classes is not None:
+        _check_heads(net, plan)
     like = next(net.parameters(), torch.empty(0))
     state = TaskState(plan.layout, num_tasks, given["mask_init"], s_max, given["clamp"], like)
     rewrite_modules(net, plan, num_tasks, classes)
@@ -152,6 +150,20 @@ def _carried_out(
     for graph, planned in zip(traced.graphs, plan.graphs, strict=True):
         rewrite_graph(net, graph, plan, planned.masks)
     return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+
+
+def _check_heads(net: nn.Module, plan: Plan) -> None:
+    """Raise a `ConversionError` unless output layers can be made with numbers of classes of their own."""
+    kind = type(net).__name__
+    if Policy.HEAD not in (*plan.modules.values(), *plan.tensors.values()):
+        raise ConversionError(f"{kind}: num_classes is given, but no output layer was found; name it with heads=")
+    modules = tuple(f"{path}." for path, policy in plan.modules.items() if policy is Policy.HEAD)
+    for name, policy in plan.tensors.items():
+        if policy is Policy.HEAD and not name.startswith(modules):
+            raise ConversionError(
+                f"{name}: num_classes is given, but {kind} has its output layer written as a function of this "
+                "parameter, which has one size only; leave num_classes out, or make that layer a module"
+            )
 
 
 @torch.no_grad()

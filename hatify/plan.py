@@ -25,13 +25,15 @@ from hatify.slots import Layout, Use
 class MaskedNode:
     """A node whose output is masked: by which mask, along which of its dimensions (or in which shape it broadcasts).
 
-    Where the output is `steep`, gradients that are not finite may come back to features that are off.
+    Where the output is `steep`, gradients that are not finite may come back to features that are off. A normalisation
+    written as a function may take its mask `inside`.
     """
 
     mask: str
     dim: int | tuple[int, ...]
     ndim: int
     steep: bool = False
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Plan:
             "graphs": [
                 {
                     "nodes": list(graph.nodes),
-                    "masks": {node: [m.mask, m.dim, m.ndim, m.steep] for node, m in graph.masks.items()},
+                    "masks": {node: [m.mask, m.dim, m.ndim, m.steep, m.inside] for node, m in graph.masks.items()},
                 }
                 for graph in self.graphs
             ],
@@ -131,8 +133,9 @@ class Plan:
                 GraphPlan(
                     tuple(graph["nodes"]),
                     {
-                        node: MaskedNode(m, dims(dim), ndim, steep)
-                        for node, (m, dim, ndim, steep) in graph["masks"].items()
+                        # Earlier plans do not say which masks are taken inside: none is.
+                        node: MaskedNode(mask, dims(dim), *rest)
+                        for node, (mask, dim, *rest) in graph["masks"].items()
                     },
                 )
                 for graph in data["graphs"]

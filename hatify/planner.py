@@ -12,13 +12,11 @@ from hatify.census import Census, Entry
 from hatify.classify import Classification
 from hatify.errors import ConversionError
 from hatify.labels import LabelSpace
-from hatify.nn.layers import Entries, family_of
-from hatify.ops import Findings, Trait, has_trait
+from hatify.ops import Findings
+from hatify.ops.weighted import WeightedCall, readers
 from hatify.plan import GraphPlan, MaskedNode, Plan, outline
-from hatify.policy import Policy
+from hatify.policy import SHARING, Policy
 from hatify.slots import Layout, Slots, Use
-
-_SHARED = (Policy.SHARED, Policy.ROW, Policy.UNMASKED)
 
 
 def make_plan(
@@ -54,46 +52,53 @@ class _Planner:
         findings: Findings,
     ) -> None:
         self.net, self.graphs, self.findings = net, graphs, findings
-        self.policies = classification.modules
+        self.classification, self.policies = classification, classification.modules
         self.slots = Slots(space, space.classes())
         self.census: list[Entry] = []
         self.nodes: dict[fx.Node, MaskedNode] = {}
         self.tensors: dict[str, Policy] = {}
         self.uses: dict[str, list[Use]] = {}
         self.owners: dict[str, str] = {}
-        self.names = canonical_names(net)
+        self.names, self.parameters = canonical_names(net), dict(net.named_parameters())
+        self.readers = readers(graphs)
         self.read: dict[str, list[fx.Node]] = {}
         for node in (n for graph in graphs for n in graph.nodes if n.op == "get_attr"):
             self.read.setdefault(str(node.target), []).append(node)
 
     def plan_nodes(self) -> None:
         """Name the masks that the analysis asked for."""
+        layers, policies = self.classification.layers, {**self.policies, **self.classification.functions}
         for node, (labels, dim, ndim, _) in self.findings.masks.items():
             owner = str(node.target) if node.op in ("call_module", "placeholder") else node.name
+            owner = layers[node].owner if node in layers else owner
             mask = self.slots.name(owner, self.slots.of(labels))
             if mask is not None:
-                self.nodes[node] = MaskedNode(mask, dim, ndim, node in self.findings.steep)
-                if node.op == "placeholder" or (owner in self.policies and self.policies[owner][0] in _SHARED):
+                steep, inside = node in self.findings.steep, node in self.findings.inside
+                self.nodes[node] = MaskedNode(mask, dim, ndim, steep, inside)
+                if node.op == "placeholder" or (owner in policies and policies[owner][0] in SHARING):
                     self.owners[owner] = mask
 
     def plan_layers(self) -> None:
         """Note what the parameters of weighted layers connect, once for every call."""
-        for path, (policy, _) in self.policies.items():
-            if policy not in _SHARED:
-                continue
-            layer = self.net.get_submodule(path)
-            family = family_of(layer)
-            assert family is not None
-            written = self.slots.written_by(path, family.features(layer))
-            for labels in self.findings.reads.get(path, [None]):
-                entries: Entries
-                if policy is Policy.ROW:
-                    entries = {name: (_rows(written, p.ndim), None) for name, p in layer.named_parameters()}
-                else:
-                    entries = family.entries(layer, written, None if labels is None else self.slots.of(labels))
-                    entries = {name: pair for name, pair in entries.items() if getattr(layer, name) is not None}
-                for name, (writes, reads) in entries.items():
-                    self._use(f"{path}.{name}" if path else name, Use(writes, reads))
+        calls: dict[str, list[WeightedCall]] = {}
+        for layer in self.classification.layers.values():
+            # A head that is a function may share its bias with others.
+            if self.classification.policy_of(layer) in SHARING or layer.owner in self.classification.functions:
+                calls.setdefault(layer.owner, []).append(layer)
+        for owner, (layer, *others) in calls.items():
+            written = self.slots.written_by(owner, layer.features)
+            biases = dict.fromkeys(call.bias for call in (layer, *others))
+            for labels in self.findings.reads.get(owner, [None]):
+                if self.classification.policy_of(layer) is Policy.ROW:
+                    for name, p in self.net.get_submodule(owner).named_parameters():
+                        self._use(f"{owner}.{name}" if owner else name, Use(_rows(written, p.ndim), None))
+                    continue
+                read = None if labels is None else self.slots.of(labels)
+                self._use(layer.weight, Use(*layer.connection.entries(layer.shape, written, read)))
+                for bias in biases:
+                    if bias is not None:
+                        shape = self.parameters[self.names[bias]].shape
+                        self._use(bias, Use(written.view(*shape, written.shape[1]), None))
 
     def plan_census(self) -> None:
         """Give every parameter and buffer its line, in the network's order; parameters first."""
@@ -104,9 +109,11 @@ class _Planner:
             first = self.names[name]
             if first != name:
                 policy, reason = self.tensors[first], f"the same tensor as {first}"
-            elif policy in _SHARED and self._read_by_its_layer_alone(name):
+            elif policy in SHARING and self._read_by_its_layer_alone(name):
                 if kind == "buffer":
                     policy, reason = Policy.CONSTANT, "only read"
+            elif name in self.classification.tensors:
+                policy, reason = self.classification.tensors[name]
             elif name in self.read and kind == "parameter":
                 policy, reason = self._raw_parameter(name, value, policy, reason)
             elif name in self.read:
@@ -146,12 +153,14 @@ class _Planner:
         return all(asks(user) for node in self.read.get(name, ()) for user in node.users)
 
     def _use(self, name: str, use: Use) -> None:
-        self.uses.setdefault(self.names[name], []).append(use)
+        # Nobody shares what each task has its own of, and nothing changes a constant.
+        if self.names[name] in self.parameters and name not in self.classification.tensors:
+            self.uses.setdefault(self.names[name], []).append(use)
 
     def _raw_parameter(self, name: str, value: Tensor, policy: Policy, reason: str) -> tuple[Policy, str]:
         """The policy of a parameter that a graph reads directly; plans its mask at the source."""
-        if name in self.findings.reads:
-            return self._functional_weight(name, value, policy, reason)
+        if name in self.classification.connecting:
+            return self._connecting(name, value, policy, reason)
         if name in self.findings.whole:
             if name not in self.uses:
                 return Policy.PER_TASK, "the inputs tried read parts of it, which do not tell what the rest would meet"
@@ -173,19 +182,16 @@ class _Planner:
         self._use(name, Use(index, None))
         return (policy, reason) if owned else (Policy.MASKED, "features that meet those of a layer")
 
-    def _functional_weight(self, name: str, value: Tensor, policy: Policy, reason: str) -> tuple[Policy, str]:
-        """The weight of a layer written as a function; whatever else reads it needs all of it."""
-        written = _rows(self.slots.written_by(name, value.shape[0]), value.ndim)
-        for labels in self.findings.reads[name]:
-            read = self.slots.of(labels)
-            self._use(name, Use(written, read.view(1, read.shape[0], *(1,) * (value.ndim - 2), -1)))
-        users = {user for node in self.read[name] for user in node.users if not has_trait(user, Trait.WEIGHTED)}
-        if users:
+    def _connecting(self, name: str, value: Tensor, policy: Policy, reason: str) -> tuple[Policy, str]:
+        """The policy of a weight or bias of layers written as functions; whatever else reads it needs all of it."""
+        layers = self.classification.layers
+        own = {node: layer for node, layer in layers.items() if name in (layer.weight, layer.bias)}
+        if any(node not in own for node in self.readers[name]):
             self._use(name, Use(torch.full((1,) * (value.ndim + 1), self.slots.count), None))
         if policy is not Policy.UNUSED:
             return policy, reason
-        masked = name in self.slots.space.features
-        return Policy.SHARED if masked else Policy.UNMASKED, "weight of a layer written as a function"
+        functions = [self.classification.functions[x.owner] for n, x in own.items() if n.op != "call_module"]
+        return min(functions, key=lambda found: (*SHARING, Policy.HEAD).index(found[0]))
 
     def _mask_source(self, name: str, value: Tensor, index: Tensor) -> None:
         """Mask a raw parameter where it is read, along the dimension its features lie in."""
@@ -197,9 +203,7 @@ class _Planner:
         assert mask is not None
         self.owners[name] = mask
         for node in self.read[name]:
-            # The bias of a layer written as a function is masked with that layer's output.
-            if not all(has_trait(user, Trait.WEIGHTED) and user in self.findings.masks for user in node.users):
-                self.nodes[node] = MaskedNode(mask, dim, value.ndim)
+            self.nodes[node] = MaskedNode(mask, dim, value.ndim)
 
 
 def canonical_names(net: nn.Module) -> dict[str, str]:

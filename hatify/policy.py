@@ -33,3 +33,7 @@ class Policy(str, Enum):
 
 #: What ``policies=`` accepts.
 SELECTABLE = (Policy.SHARED, Policy.ROW, Policy.UNMASKED, Policy.HEAD, Policy.PER_TASK)
+#: Those under which each task has a copy of its own.
+OWN = (Policy.NORM, Policy.HEAD, Policy.PER_TASK)
+#: Those of weighted layers whose weights tasks share.
+SHARING = (Policy.SHARED, Policy.ROW, Policy.UNMASKED)

@@ -13,11 +13,12 @@ from hatify.errors import ConversionError
 from hatify.free import check_sizes
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
-from hatify.nn.norms import FEATURE_DIMS, zero_at_zero
+from hatify.nn.norms import keeps_features_apart, masked_norm, takes_inside, zero_at_zero
 from hatify.nn.per_task import PerTask, PerTaskNorm, PerTaskTensor
 from hatify.nn.state import STATE
+from hatify.ops.normalization import as_module
 from hatify.plan import MaskedNode, Plan
-from hatify.policy import Policy
+from hatify.policy import OWN, Policy
 
 
 def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Sequence[int] | None) -> None:
@@ -42,7 +43,7 @@ def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Seq
         for owner, name in places[id(module)]:
             owner._modules[name] = replacement
     for name, policy in plan.tensors.items():
-        if policy is Policy.PER_TASK and not _inside(name, plan):
+        if policy in OWN and not _inside(name, plan):
             owner, attribute = parent(net, name)
             value = getattr(owner, attribute)
             delattr(owner, attribute)
@@ -50,7 +51,7 @@ def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Seq
 
 
 def _inside(name: str, plan: Plan) -> bool:
-    """Whether a parameter or buffer belongs to a module that has a policy of its own."""
+    """Whether a parameter or buffer belongs to a module that has a policy of its own, as a whole."""
     return any(name.startswith(f"{path}.") for path in plan.modules)
 
 
@@ -123,7 +124,7 @@ def _check_sizes(graph: fx.Graph, plan: Plan) -> None:
 
 def _read_per_task_tensors(graph: fx.Graph, plan: Plan) -> None:
     for node in graph.nodes:
-        if node.op == "get_attr" and plan.tensors.get(str(node.target)) is Policy.PER_TASK:
+        if node.op == "get_attr" and plan.tensors.get(str(node.target)) in OWN:
             node.op, node.args = "call_module", ()
 
 
@@ -138,22 +139,14 @@ def _deferred(
             return False
         own = masked_nodes.get(user.name)
         norm = net.get_submodule(str(user.target))[0]  # type: ignore[index]
-        if own is None or own.mask != planned.mask or not _inside_norm(norm, own) or not keeps_features_apart(norm):
+        if (
+            own is None
+            or own.mask != planned.mask
+            or not takes_inside(norm, own.dim, own.ndim)
+            or not keeps_features_apart(norm)
+        ):
             return False
     return bool(node.users)
-
-
-def keeps_features_apart(norm: nn.Module) -> bool:
-    """Whether each feature is normalised by statistics of its own."""
-    return isinstance(norm, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
-
-
-def _inside_norm(norm: nn.Module, planned: MaskedNode) -> bool:
-    """Whether the masked dimension is one that the normalisation treats as features."""
-    if planned.dim not in FEATURE_DIMS[type(norm)](norm, planned.ndim):
-        return False
-    shape = getattr(norm, "normalized_shape", (0,))
-    return len(shape) == 1 or len(set(shape)) == len(shape)
 
 
 def _apply(node: fx.Node, planned: MaskedNode, mask: fx.Node, net: nn.Module, plan: Plan) -> None:
@@ -168,10 +161,15 @@ def _apply(node: fx.Node, planned: MaskedNode, mask: fx.Node, net: nn.Module, pl
         return
     if policy is Policy.NORM:
         norm = net.get_submodule(path)[0]  # type: ignore[index]
-        if _inside_norm(norm, planned):
+        if takes_inside(norm, planned.dim, planned.ndim):
             node.kwargs = {**node.kwargs, "mask": mask}
             if zero_at_zero(norm):
                 return
+    if planned.inside:
+        kind, given = as_module(node, node.args, node.kwargs)  # type: ignore[misc]
+        node.target, node.args = masked_norm, (given.pop("input"), kind, mask)
+        node.kwargs = given
+        return
     dim = planned.dim - planned.ndim if isinstance(planned.dim, int) else planned.dim
     graph = node.graph
     with graph.inserting_after(mask if node.op == "placeholder" else node):

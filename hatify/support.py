@@ -16,13 +16,12 @@ from hatify.classify import CHOSEN, Classification, is_altered
 from hatify.errors import ConversionError
 from hatify.free import Free, Watching
 from hatify.labels import FIRST_RAW, ON, LabelSpace, compact
-from hatify.nn.layers import family_of
 from hatify.ops import Trait, operation_of
-from hatify.ops.contraction import is_only_a_weight
 from hatify.ops.modules import module_labels
 from hatify.ops.movement import found_to_move
 from hatify.ops.registry import Call, Findings, Labels, Masked, constant_labels, like_input, scalar_label
-from hatify.policy import Policy
+from hatify.ops.weighted import weighted
+from hatify.policy import SHARING, Policy
 from hatify.singular import endangered
 from hatify.sizes import other_sizes
 
@@ -64,8 +63,9 @@ class SupportInterpreter(fx.Interpreter):
         super().__init__(net, graph=graph)
         self.unsure, self.shrunk = unsure, shrunk
         self.mask_inputs = mask_inputs
-        self.modules = classification.modules
-        self.output_weights = classification.output_weights
+        self.classification, self.modules = classification, classification.modules
+        #: Parameters whose entries have no labels.
+        self.unlabelled = {*classification.connecting, *classification.tensors}
         self.never_masked, steep = endangered(net, graph, self.modules)
         findings.steep |= steep
         self.space = space
@@ -97,7 +97,7 @@ class SupportInterpreter(fx.Interpreter):
             return self._input_labels(node, out) if self.mask_inputs else constant_labels(out, ON)
         if node.op == "get_attr":
             name, is_raw = str(node.target), isinstance(out, nn.Parameter) and out.is_floating_point()
-            has_leaves = is_raw and name not in self.findings.whole and not is_only_a_weight(node)
+            has_leaves = is_raw and name not in self.findings.whole and name not in self.unlabelled
             return self.space.raw_leaves(name, out.shape) if has_leaves else constant_labels(out, ON)
         if node.op == "output":
             self._note_seen(node)
@@ -114,7 +114,6 @@ class SupportInterpreter(fx.Interpreter):
             self.findings,
             self._labels_of,
             self.env.__getitem__,
-            self.output_weights,
             node in self.never_masked,
             node in self.unsure,
             self.shrunk,
@@ -124,6 +123,11 @@ class SupportInterpreter(fx.Interpreter):
         if not any(isinstance(t, Tensor) for t in tree_leaves(out)):
             self._note_seen(node)
             return None
+        layer = self.classification.layers.get(node)
+        policy = None if layer is None else self.classification.policy_of(layer)
+        if layer is not None and policy in (*SHARING, Policy.HEAD):
+            self._note_seen(node)
+            return weighted(call, layer, policy)
         if module is not None and str(node.target) in self.modules:
             self._note_seen(node)
             return module_labels(call, self.modules[str(node.target)][0])
@@ -133,7 +137,7 @@ class SupportInterpreter(fx.Interpreter):
             return moved
         if not call.has_trait(Trait.MOVES):
             self._note_seen(node)
-        if call.is_empty and not call.has_trait(Trait.WEIGHTED):
+        if call.is_empty:
             return _unseen(call)
         return like_input(call) if known is None else known.labels(call)
 
@@ -156,10 +160,9 @@ class SupportInterpreter(fx.Interpreter):
     def _feature_dim(self, node: fx.Node, value: Tensor) -> int:
         """The dimension of an input that the first weighted layer to read it contracts, else the usual one."""
         for user in node.users:
-            family = family_of(self.fetch_attr(str(user.target))) if user.op == "call_module" else None
-            if family is not None:
-                dim, _ = family.dims(self.fetch_attr(str(user.target)))
-                return -1 if dim is None else dim
+            layer = self.classification.layers.get(user)
+            if layer is not None and layer.input is node:
+                return next(iter(layer.connection.input), -1)
         return 1 if value.ndim > 3 else -1
 
     def _labels_of(self, argument: Any) -> Labels:
@@ -309,12 +312,13 @@ def only_weighing(space: LabelSpace, findings: Findings, classification: Classif
     weighing = found(findings.weighing)
     reads = found(label for labels in findings.reads.values() for label in labels)
     only = weighing[~torch.isin(weighing, reads) & (weighing > ON)]
+    policies = {**classification.modules, **classification.functions}
     return [
-        path
-        for path, leaves in space.features.items()
-        if path in classification.modules
-        and classification.modules[path][0] in (Policy.SHARED, Policy.ROW)
-        and classification.modules[path][1] != CHOSEN
+        owner
+        for owner, leaves in space.features.items()
+        if owner in policies
+        and policies[owner][0] in (Policy.SHARED, Policy.ROW)
+        and policies[owner][1] != CHOSEN
         and leaves.count <= MANY_HEADS
         and torch.isin(classes.of(torch.arange(leaves.first, leaves.first + leaves.count)), only).all()
     ]

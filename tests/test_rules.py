@@ -430,9 +430,24 @@ def _contractions() -> Iterator[Case]:
             name = key.__name__
             spatial = next((d for d in (1, 2, 3) if f"{d}d" in name), 0)
             if "transpose" in name:
+                yield call(key, x(2, 4, *(5,) * spatial), x(4, 6, *(3,) * spatial), x(6))
+                yield call(key, x(2, 4, *(5,) * spatial), Given(torch.randn(4, 2, *(3,) * spatial)), groups=4)
                 continue
             yield call(key, x(2, 4, *(5,) * spatial), Given(torch.randn(6, 4, *(3,) * spatial)), Given(torch.randn(6)))
             yield call(key, x(2, 4, *(5,) * spatial), x(6, 4, *(3,) * spatial))
+
+    for target in (torch.addmm, "addmm"):
+        for added in (x(3, 5), x(5), Given(torch.randn(5))):
+            yield call(target, added, x(3, 4), x(4, 5))
+            yield call(target, added, x(3, 4), Given(torch.randn(4, 5)), beta=0.5, alpha=2)
+    for target in (torch.baddbmm, "baddbmm"):
+        yield call(target, x(2, 3, 5), x(2, 3, 4), x(2, 4, 5))
+        yield call(target, x(2, 1, 5), x(2, 3, 4), Given(torch.randn(2, 4, 5)))
+    for target in (torch.mv, "mv"):
+        yield call(target, x(3, 4), x(4))
+    for target in (torch.addmv, "addmv"):
+        yield call(target, x(3), x(3, 4), Given(torch.randn(4)))
+    yield call(F.embedding, Given(torch.tensor([[0, 2], [1, 1]])), x(3, 4))
 
 
 def _normalisations() -> Iterator[Case]:

@@ -13,20 +13,25 @@ from torch.nn.utils import parametrize
 
 from hatify.answers import check_argument, check_size
 from hatify.classify import detached_copy, is_altered, is_plain
-from hatify.extract.plain import Plain
+from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
+from hatify.extract.recording import NormTracer
 from hatify.free import check_sizes
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer, family_of
-from hatify.nn.norms import FEATURE_DIMS, NORMS, _masked_affine, is_known, zero_at_zero
+from hatify.nn.norms import (
+    FEATURE_DIMS,
+    NORMS,
+    AsModule,
+    _masked_affine,
+    is_known,
+    keeps_features_apart,
+    masked_norm,
+    zero_at_zero,
+)
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import STATE, TaskState
-from hatify.rewrite import keeps_features_apart
 from hatify.trace import reads_training_flag
-
-#: What is known of a node of a baked graph, by key of its ``meta``.
-#: ``mask``: where its output may be non-zero, bool, as it broadcasts to that. ``dtype`` and ``ndim``: of its output.
-MASK, DTYPE, NDIM = "mask", "dtype", "ndim"
 
 _WEIGHT_HOOKS = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}
 #: Functions of numbers that can be carried out once the numbers are known.
@@ -105,6 +110,8 @@ class _Baker(fx.Interpreter):
             return self._called(node, args, kwargs, out)
         if node.target in (masked, masked_off):
             return self._masked(node, args[0])
+        if node.target is masked_norm:
+            return self._norm(node, args[0], kwargs)  # type: ignore[arg-type]
         if node.target in (check_size, check_argument):
             return self._guard(*args)
         if node.target is check_sizes:
@@ -176,11 +183,34 @@ class _Baker(fx.Interpreter):
         rest = {name: value for name, value in kwargs.items() if value is not None or name != "mask"}
         name = self.plain.store(path, self.variants[key])
         written = self.plain.graph.create_node("call_module", name, args, rest, node.name)
-        module = self.modules[path]
-        if mask is not None and (layer_family(module) is not None or zero_at_zero(module)):
-            dim = mask_dim(module, out.ndim, mask)
-            written.meta[MASK] = (mask != 0).view(-1, *(1,) * (out.ndim - 1 - dim))
+        if mask is not None:
+            _note_mask(written, self.modules[path], mask, out.ndim)
         return written
+
+    def _norm(self, node: fx.Node, x: fx.Node, given: dict[str, Any]) -> fx.Node:
+        """A normalisation written as a function: the module that does the same, unless its parameters are computed."""
+        (value, kind, mask), values = self.fetch_args_kwargs_from_env(node)
+        if all(n.op == "get_attr" for n in given.values() if isinstance(n, fx.Node)):
+            held = {name: self.plain.root[str(n.target)] for name, n in given.items() if isinstance(n, fx.Node)}
+            module = AsModule(kind, {**given, **held}).module(value)
+            if module is not None:
+                name = self.plain.store(node.name, self._variant(module, mask))
+                written = self.plain.graph.create_node("call_module", name, (x,), {}, node.name)
+                _note_mask(written, module, mask, value.ndim)
+                return written
+        tracer = NormTracer(self.plain, node.name, {}, value.dtype, value.ndim)
+
+        def operand(name: str, found: Any) -> Any:
+            given_node = given[name]
+            if isinstance(found, Tensor) and given_node.op == "get_attr":
+                found = self.plain.root[str(given_node.target)]
+                tracer.tensors[id(found)] = name
+                return found
+            return tracer.proxy(given_node) if isinstance(found, Tensor) else found
+
+        norm = AsModule(kind, {name: operand(name, found) for name, found in values.items()})
+        with torch.no_grad():
+            return NORMS[norm.kind](norm, tracer.proxy(x), mask.clone()).node  # type: ignore[arg-type,attr-defined]
 
     def _passes(self, module: nn.Module, x: Any, out: Any) -> bool:
         """Whether a module passes its input on, as noise does in evaluation mode."""
@@ -220,6 +250,12 @@ class _Baker(fx.Interpreter):
                 value = self.plain.parameter(old, value)
             result._parameters[name] = value
         return result
+
+
+def _note_mask(node: fx.Node, module: nn.Module, mask: Tensor, ndim: int) -> None:
+    """Note where the output of a layer or normalisation is zero."""
+    if layer_family(module) is not None or zero_at_zero(module):
+        node.meta[MASK] = (mask != 0).view(-1, *(1,) * (ndim - 1 - mask_dim(module, ndim, mask)))
 
 
 def _is_mask(node: fx.Node) -> bool:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Name, everything
-from hatify.extract.baking import DTYPE, MASK, NDIM, MaskedNorm, is_known_number, layer_family
-from hatify.extract.plain import Plain
+from hatify.extract.baking import MaskedNorm, is_known_number, layer_family
+from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
 from hatify.extract.slicing import cut_along, cut_layer, cut_norm
 from hatify.extract.wanted import KeptOf, by_name, completed, named, needed, summed
 from hatify.extract.zeros import Zeros, tensors_in

@@ -14,6 +14,10 @@ _RESERVED = frozenset(dir(fx.GraphModule({}, fx.Graph())))
 #: What does nothing but read, and can go if nobody reads its result.
 _READING = (getattr, operator.getitem, "size", "dim")
 
+#: What is known of a node, by key of its ``meta``.
+#: ``mask``: where its output may be non-zero, bool, as it broadcasts to that. ``dtype`` and ``ndim``: of its output.
+MASK, DTYPE, NDIM = "mask", "dtype", "ndim"
+
 
 class Plain:
     """The graph of a network, and the modules, parameters and buffers that it holds, by name.

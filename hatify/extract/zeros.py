@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Names, any_but, everything, levelled
 from hatify.classify import Classification
-from hatify.extract.baking import MASK, MaskedNorm, layer_family, mask_dim
+from hatify.extract.baking import MaskedNorm, layer_family, mask_dim
+from hatify.extract.plain import MASK
 from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact
-from hatify.nn.norms import FEATURE_DIMS, is_known
+from hatify.nn.norms import FEATURE_DIMS, is_known, keeps_features_apart
 from hatify.ops import OPERATIONS, Call, Findings, Labels, constant_labels, operation_of
 from hatify.ops.movement import found_to_move, moved
-from hatify.rewrite import keeps_features_apart
 from hatify.support import SupportInterpreter
 
 
@@ -32,7 +32,7 @@ class Zeros(SupportInterpreter):
     """
 
     def __init__(self, net: nn.Module, graph: fx.Graph, free: Free) -> None:
-        super().__init__(net, graph, Classification({}, frozenset()), LabelSpace(couple=True), Findings(free))
+        super().__init__(net, graph, Classification({}), LabelSpace(couple=True), Findings(free))
         self.nonzero: dict[fx.Node, list[Kept]] = {}
         self.items: dict[fx.Node, list[int]] = {}
         self.axes: dict[fx.Node, Axes | Moves | None] = {}

@@ -1,8 +1,8 @@
 """Weighted layers that carry a mask over their output features.
 
-Each class below is one layer family in full: where its features lie in input and output, which entries of its
-parameters connect which input to which output feature (what Equation 2 locks), how to make one with another number
-of outputs (a task's head), and the masked forward pass. To add a family, add a class.
+Each class below is one layer family in full: which input and output features the entries of its weight connect (what
+Equation 2 locks), how to make one with another number of outputs (a task's head), and the masked forward pass. To add a
+family, add a class.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hatify.nn.connection import Connection
 from hatify.nn.folding import remembered
 from hatify.nn.functional import masked
 
@@ -37,18 +38,31 @@ class HatLayer:
 
     @staticmethod
     @abstractmethod
-    def features(layer: Any) -> int:
+    def shape(layer: Any) -> tuple[int, ...]:
+        """The shape of the weight, which is told by the layer's settings: a weight that is computed stays untouched."""
+
+    @staticmethod
+    @abstractmethod
+    def connection(layer: Any) -> Connection:
+        """Which features the entries of the weight connect, and where they lie in input and output."""
+
+    @classmethod
+    def features(cls, layer: Any) -> int:
         """How many output features `layer` has."""
+        connection = cls.connection(layer)
+        return connection.count(connection.written, cls.shape(layer))
 
-    @staticmethod
-    @abstractmethod
-    def dims(layer: Any) -> tuple[int | None, int]:
+    @classmethod
+    def dims(cls, layer: Any) -> tuple[int | None, int]:
         """The dimension of the input that `layer` contracts (None: it looks up), and that of its output features."""
+        connection = cls.connection(layer)
+        return next(iter(connection.input), None), connection.out[0]
 
-    @staticmethod
-    @abstractmethod
-    def entries(layer: Any, written: Tensor, read: Tensor | None) -> Entries:
+    @classmethod
+    def entries(cls, layer: Any, written: Tensor, read: Tensor | None) -> Entries:
         """What each parameter's entries connect, given the output (O, …) and input (I, …) features."""
+        found: Entries = {"weight": cls.connection(layer).entries(cls.shape(layer), written, read)}
+        return found | {"bias": (written, None)} if hasattr(layer, "bias") else found
 
     @staticmethod
     @abstractmethod
@@ -83,19 +97,12 @@ class HatLinear(HatLayer, nn.Linear):
     base = nn.Linear
 
     @staticmethod
-    def features(layer: nn.Linear) -> int:
-        return layer.out_features
+    def shape(layer: nn.Linear) -> tuple[int, ...]:
+        return layer.out_features, layer.in_features
 
     @staticmethod
-    def dims(layer: nn.Linear) -> tuple[int, int]:
-        return -1, -1
-
-    @staticmethod
-    def entries(layer: nn.Linear, written: Tensor, read: Tensor | None) -> Entries:
-        return {
-            "weight": (written.unsqueeze(1), None if read is None else read.unsqueeze(0)),
-            "bias": (written, None),
-        }
+    def connection(layer: nn.Linear) -> Connection:
+        return Connection((0,), (1,), (-1,), (-1,))
 
     @staticmethod
     def resized(layer: nn.Linear, features: int) -> nn.Linear:
@@ -117,26 +124,13 @@ class _HatConv(HatLayer):
     """What the convolutions share."""
 
     @staticmethod
-    def features(layer: nn.modules.conv._ConvNd) -> int:
-        return layer.out_channels
+    def shape(layer: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
     @staticmethod
-    def dims(layer: nn.modules.conv._ConvNd) -> tuple[int, int]:
-        channel = -1 - len(layer.kernel_size)
-        return channel, channel
-
-    @staticmethod
-    def entries(layer: nn.modules.conv._ConvNd, written: Tensor, read: Tensor | None) -> Entries:
-        spatial = (1,) * len(layer.kernel_size)
-        extra = written.shape[1:]
-        groups, per_group = layer.groups, layer.out_channels // layer.groups
-        if read is not None:
-            # Row o of the weight reads the input channels of o's group only.
-            read = read.view(groups, -1, *read.shape[1:])
-            if groups > 1:
-                read = read.repeat_interleave(per_group, 0)
-            read = read.reshape(read.shape[0], read.shape[1], *spatial, *read.shape[2:])
-        return {"weight": (written.view(-1, 1, *spatial, *extra), read), "bias": (written, None)}
+    def connection(layer: nn.modules.conv._ConvNd) -> Connection:
+        channel = (-1 - len(layer.kernel_size),)
+        return Connection((0,), (1,), channel, channel, layer.groups)
 
     @staticmethod
     def resized(layer: Any, features: int) -> nn.Module:
@@ -164,7 +158,7 @@ class _HatConv(HatLayer):
             return self._conv_forward(x, self.weight, self.bias)  # type: ignore[attr-defined]
         if self.fold:
             return self._conv_forward(x, *masked_parameters(self, mask))  # type: ignore[attr-defined]
-        return masked(self._conv_forward(x, self.weight, self.bias), mask, self.dims(self)[1])  # type: ignore[arg-type,attr-defined]
+        return masked(self._conv_forward(x, self.weight, self.bias), mask, self.dims(self)[1])  # type: ignore[attr-defined]
 
 
 class HatConv1d(_HatConv, nn.Conv1d):
@@ -189,17 +183,13 @@ class _HatConvTranspose(_HatConv):
     """What the transposed convolutions share: the weight has shape (I, O / groups, *kernel)."""
 
     @staticmethod
-    def entries(layer: nn.modules.conv._ConvNd, written: Tensor, read: Tensor | None) -> Entries:
-        spatial = (1,) * len(layer.kernel_size)
-        extra = written.shape[1:]
-        rows_per_group = layer.in_channels // layer.groups
-        writes = written.view(layer.groups, -1, *extra)
-        if layer.groups > 1:
-            writes = writes.repeat_interleave(rows_per_group, 0)
-        writes = writes.reshape(writes.shape[0], writes.shape[1], *spatial, *extra)
-        if read is not None:
-            read = read.view(-1, 1, *spatial, *read.shape[1:])
-        return {"weight": (writes, read), "bias": (written, None)}
+    def shape(layer: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+        return layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size
+
+    @staticmethod
+    def connection(layer: nn.modules.conv._ConvNd) -> Connection:
+        channel = (-1 - len(layer.kernel_size),)
+        return Connection((1,), (0,), channel, channel, layer.groups)
 
     @staticmethod
     def resized(layer: Any, features: int) -> nn.Module:
@@ -209,7 +199,7 @@ class _HatConvTranspose(_HatConv):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, output_size: Any = None) -> Tensor:
         y: Tensor = self.base.forward(self, x, output_size)
-        return y if mask is None else masked(y, mask, self.dims(self)[1])  # type: ignore[arg-type]
+        return y if mask is None else masked(y, mask, self.dims(self)[1])
 
 
 class HatConvTranspose1d(_HatConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
@@ -236,16 +226,12 @@ class HatEmbedding(HatLayer, nn.Embedding):
     base = nn.Embedding
 
     @staticmethod
-    def features(layer: nn.Embedding) -> int:
-        return layer.embedding_dim
+    def shape(layer: nn.Embedding) -> tuple[int, ...]:
+        return layer.num_embeddings, layer.embedding_dim
 
     @staticmethod
-    def dims(layer: nn.Embedding) -> tuple[None, int]:
-        return None, -1
-
-    @staticmethod
-    def entries(layer: nn.Embedding, written: Tensor, read: Tensor | None) -> Entries:
-        return {"weight": (written.unsqueeze(0), None)}
+    def connection(layer: nn.Embedding) -> Connection:
+        return Connection((1,), (), (-1,), ())
 
     @staticmethod
     def resized(layer: nn.Embedding, features: int) -> nn.Embedding:

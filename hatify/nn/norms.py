@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from hatify.nn.folding import remembered
 from hatify.nn.layer_norm import masked_layer_norm
 
+_APART = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 MaskedNorm = Callable[[Any, Tensor, Tensor], Tensor]
 
 #: The masked form of each normalisation type.
@@ -165,6 +166,69 @@ def register_timm() -> None:
                 normalises(kind, dims=channel)(channels_first(NORMS[base]))
 
 
+class AsModule:
+    """What a function is given for a normalisation, under the names that the module has for it.
+
+    Args:
+        kind: the type of the module, by its name in `torch.nn`.
+        given: the function's arguments by name, where they were given.
+    """
+
+    def __init__(self, kind: str, given: dict[str, Any]) -> None:
+        self.kind: type[nn.Module] = getattr(nn, kind)
+        instance = issubclass(self.kind, nn.modules.instancenorm._InstanceNorm)
+        self.training: bool = given.get("use_input_stats", True) if instance else given.get("training", False)
+        self.eps: Any = given.get("eps", None if self.kind is nn.RMSNorm else 1e-5)
+        self.momentum = given.get("momentum", 0.1)
+        self.weight, self.bias = given.get("weight"), given.get("bias")
+        self.running_mean, self.running_var = given.get("running_mean"), given.get("running_var")
+        self.normalized_shape, self.num_groups = tuple(given.get("normalized_shape", ())), given.get("num_groups")
+        self.track_running_stats, self.num_batches_tracked = True, None
+        self._parameters: dict[str, Any] = {}
+        self._modules: dict[str, Any] = {}
+
+    def module(self, x: Tensor) -> nn.Module | None:
+        """The module that does the same with `x` in evaluation mode; None where there is none."""
+        kind, tracked = self.kind, self.running_mean is not None
+        if issubclass(kind, _APART):
+            if tracked and self.training:
+                return None  # moves running statistics
+            names = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
+            kind = getattr(nn, kind.__name__[:-2] + names[x.ndim])
+            result = kind(x.shape[1], self.eps, self.momentum, self.weight is not None, tracked)
+        elif self.num_groups is not None:
+            result = nn.GroupNorm(self.num_groups, x.shape[1], self.eps)
+        else:
+            result = kind(self.normalized_shape, self.eps)
+        for name in ("weight", "bias"):
+            if name in result._parameters:
+                value = getattr(self, name)
+                held = value is None or isinstance(value, nn.Parameter)
+                result._parameters[name] = value if held else nn.Parameter(value, False)
+        if tracked:
+            result.running_mean, result.running_var = self.running_mean, self.running_var
+        return result.eval()
+
+
+def masked_norm(x: Tensor, kind: str, mask: Tensor, **given: Any) -> Tensor:
+    """A normalisation written as a function, over the active features: what the module does with the same mask."""
+    norm = AsModule(kind, given)
+    return NORMS[norm.kind](norm, x, mask)
+
+
+def feature_dims(norm: Any, ndim: int) -> range:
+    """The dimensions of an input with `ndim` dimensions that the features of `norm` may lie along."""
+    return FEATURE_DIMS[norm.kind if isinstance(norm, AsModule) else type(norm)](norm, ndim)
+
+
+def takes_inside(norm: Any, dim: int | tuple[int, ...], ndim: int) -> bool:
+    """Whether the masked dimension is one that the normalisation treats as features."""
+    if dim not in feature_dims(norm, ndim):
+        return False
+    shape = getattr(norm, "normalized_shape", (0,))
+    return len(shape) <= 1 or len(set(shape)) == len(shape)
+
+
 def is_known(norm: nn.Module) -> bool:
     """Whether `norm` has a masked form; a subclass has one if it computes what its base does."""
     register_timm()
@@ -175,6 +239,11 @@ def is_known(norm: nn.Module) -> bool:
             return False
         NORMS[kind], FEATURE_DIMS[kind] = NORMS[base], FEATURE_DIMS[base]
     return True
+
+
+def keeps_features_apart(norm: nn.Module) -> bool:
+    """Whether each feature is normalised by statistics of its own."""
+    return isinstance(norm, _APART)
 
 
 def zero_at_zero(norm: Any) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from hatify.answers import asks
 from hatify.axes import Axes
 from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
+from hatify.nn.connection import Connection
 from hatify.ops import resize
-from hatify.ops.reduction import read_along
-from hatify.ops.registry import Call, Labels, Trait, has_trait, op, sources
+from hatify.ops.registry import AsLayer, Call, Labels, op, sources
+from hatify.ops.weighted import Read, WeightedCall, as_function, as_product, given, read_as_it_is, with_added
 
 #: Names for the dimensions of a batch.
 LETTERS = "abcdefghijkl"
@@ -32,7 +33,33 @@ def product(call: Call) -> Axes | None:
     return call.axes(operands, (*batch, "X", "Z"))
 
 
-@op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__", cut=product)
+def _product_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
+    """A product of an activation and a parameter."""
+    return _layer_of(net, given(node, 0, "input"), given(node, 1, "mat2", node.kwargs.get("other")))
+
+
+def _layer_of(net: nn.Module, a: Any, b: Any) -> WeightedCall | None:
+    """The layer that ``a @ b`` is; of a batch of matrices, each is for a feature along the first dimension."""
+    found = _weight_among(net, a, b)
+    if found is None or len(found[1].dims) not in (2, 3):
+        return None
+    (right, read), many = found, len(found[1].dims) == 3
+    h, k = "h" if many and read.shape[0] > 1 else "", "h" if many else ""
+    letters = (f"...{h}mi", f"{k}io", f"...{h}mo") if right else (f"...{h}in", f"{k}oi", f"...{h}on")
+    return as_product(net, *((a, b) if right else (b, a)), *letters)
+
+
+def _weight_among(net: nn.Module, *operands: Any) -> tuple[int, Read] | None:
+    """The one operand that is a parameter, and its place; None if none is, or several are."""
+    reads = [read_as_it_is(operand, net) for operand in operands]
+    found = [(i, read) for i, read in enumerate(reads) if read is not None and isinstance(read.value, nn.Parameter)]
+    return found[0] if len(found) == 1 else None
+
+
+@op(
+    torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__",
+    cut=product, layer=_product_layer,
+)  # fmt: skip
 def matmul(call: Call) -> Labels:
     """(… M K) @ (… K N): a column is non-zero only where the second operand's column is, a row only where the
     first's row is. Features contracted with each other (queries and keys) are coupled.
@@ -64,6 +91,48 @@ def _product(call: Call, a: Tensor, b: Tensor, *operands: fx.Node) -> Tensor:
     if is_leaf(kept).any() and is_leaf(other).any():
         call.findings.across[call.node] = other.expand(shape)
     return torch.where(kept == ON, other, kept).expand(shape)
+
+
+def _sum_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
+    """A product of an activation and a parameter, and a bias."""
+    added, a, b = (given(node, i, name) for i, name in enumerate(_SUMMED[node.target]))
+    return with_added(_layer_of(net, a, b), added, net)
+
+
+_SUMMED: dict[Any, tuple[str, str, str]] = {
+    **dict.fromkeys((torch.addmm, "addmm"), ("input", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, "baddbmm"), ("input", "batch1", "batch2")),
+}
+
+
+def summed(call: Call) -> Axes | None:
+    """(M K) @ (K N), and what is added."""
+    added, a, b = (call.given(i, name) for i, name in enumerate(_SUMMED[call.node.target]))
+    batch, bias = LETTERS[: call.out.ndim - 2], call.argument(0, "input")
+    out = (*batch, "X", "Z")
+    operands = [(added, out[len(out) - bias.ndim :]), (a, (*batch, "X", "Y")), (b, (*batch, "Y", "Z"))]
+    return call.axes(operands, out)
+
+
+@op(*_SUMMED, cut=summed, layer=_sum_layer)
+def sum_with_product(call: Call) -> Labels:
+    """β · input + α · (M K) @ (K N)."""
+    added, a, b = (call.given(i, name) for i, name in enumerate(_SUMMED[call.node.target]))
+    return call.space.either(call.labels_of(added), _product(call, *map(call.labels_of, (a, b)), a, b))
+
+
+def _vector_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
+    """A product of a parameter and a vector, and perhaps a bias."""
+    position = 1 if node.target in (torch.addmv, "addmv") else 0
+    mat, vec = given(node, position, "mat" if position else "input"), given(node, position + 1, "vec")
+    layer = as_product(net, vec, mat, "i", "oi", "o")
+    return with_added(layer, given(node, 0, "input"), net) if position else layer
+
+
+@op(torch.mv, torch.addmv, "mv", "addmv", layer=_vector_layer)
+def matrix_and_vector(call: Call) -> Labels:
+    """(M K) @ (K), of one sample."""
+    return call.all_on()
 
 
 def _width(labels: Tensor) -> int:
@@ -114,24 +183,41 @@ def attention(call: Call) -> Labels:
 
 def by_equation(call: Call) -> Axes | None:
     """One letter for each axis."""
-    equation, *operands = call.node.args
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = list(operands[0])
+    equation, operands = _operands(call.node)
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None
-    inputs, out = equation.replace(" ", "").split("->")
+    inputs, out = equation.split("->")
     return call.axes(list(zip(operands, map(tuple, inputs.split(",")), strict=True)), tuple(out))
 
 
-@op(torch.einsum, cut=by_equation)
-def einsum(call: Call) -> Labels:
-    """Two operands: as `matmul`; an output is non-zero only where the operand that holds its index may be."""
-    equation, *operands = call.node.args
+def _operands(node: fx.Node) -> tuple[Any, list[Any]]:
+    """The equation and the operands of a sum by Einstein's convention."""
+    equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
+    return equation.replace(" ", "") if isinstance(equation, str) else equation, operands
+
+
+def _equation_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
+    """A sum of products of an activation and a parameter."""
+    equation, operands = _operands(node)
+    if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
+        return None
+    inputs, out = equation.split("->")
+    names, found = inputs.split(","), _weight_among(net, *operands)
+    if found is None or "." in names[found[0]]:
+        return None
+    weight, x = found[0], 1 - found[0]
+    return as_product(net, operands[x], operands[weight], names[x], names[weight], out)
+
+
+@op(torch.einsum, cut=by_equation, layer=_equation_layer)
+def einsum(call: Call) -> Labels:
+    """Two operands: as `matmul`; an output is non-zero only where the operand that holds its index may be."""
+    equation, operands = _operands(call.node)
     if not isinstance(equation, str) or "." in equation or "->" not in equation or len(operands) != 2:
         return call.all_on()
-    inputs, output = equation.replace(" ", "").split("->")
+    inputs, output = equation.split("->")
     labels = [call.labels_of(operand) for operand in operands]
     result = torch.tensor(ON)
     for names, label in zip(inputs.split(","), labels, strict=True):
@@ -165,66 +251,90 @@ def _meet_along(call: Call, names: list[str], labels: list[Tensor], contracted: 
 # Layers written as functions -----------------------------------------------------------------------------------------
 
 
-def weight_of(layer: fx.Node) -> Any:
-    """The weight that is given to a layer written as a function."""
-    return layer.args[1] if len(layer.args) > 1 else layer.kwargs.get("weight")
-
-
-def groups_of(layer: fx.Node) -> Any:
-    """The number of groups of a layer written as a function."""
-    return layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
-
-
-def is_only_a_weight(parameter: fx.Node) -> bool:
-    """Whether nothing but layers written as functions reads a parameter here: its entries need no labels."""
-    return all(
-        asks(user) or (has_trait(user, Trait.WEIGHTED) and weight_of(user) is parameter and groups_of(user) == 1)
-        for user in parameter.users
-    )
-
-
 def layer_like(call: Call) -> Axes | None:
     """As a layer: the weight's rows go with the output's features, its columns with the input's."""
-    x, weight, bias = (call.given(i, name) for i, name in enumerate(("input", "weight", "bias")))
-    if groups_of(call.node) != 1:
+    weight = call.argument(1, "weight")
+    groups = call.argument(6, "groups", 1)
+    if groups != 1 or weight.ndim < 2:
         return None
+    return _connecting(call, ("Z", "X"))
+
+
+def upwards_like(call: Call) -> Axes | None:
+    """As a transposed convolution."""
+    return None if call.argument(6, "groups", 1) != 1 else _connecting(call, ("X", "Z"))
+
+
+def _connecting(call: Call, features: tuple[str, str]) -> Axes | None:
+    """The axes around a layer whose weight has these first dimensions: X, which the input has, and Z, the output's."""
     spatial = call.argument(1, "weight").ndim - 2
     batch = LETTERS[: call.out.ndim - spatial - 1]
     positions, edges, taps = (tuple(f"{kind}{d}" for d in range(spatial)) for kind in "xyw")
-    operands = [(x, (*batch, "X", *positions)), (weight, ("Z", "X", *taps)), (bias, ("Z",))]
+    operands = [
+        (call.given(0, "input"), (*batch, "X", *positions)),
+        (call.given(1, "weight"), (*features, *taps)),
+        (call.given(2, "bias"), ("Z",)),
+    ]
     return call.axes(operands, (*batch, "Z", *edges), whole=(*positions, *edges, *taps))
 
 
-@op(
-    F.linear, F.conv1d, F.conv2d, F.conv3d,
-    traits={Trait.WEIGHTED}, cut=layer_like,
-)  # fmt: skip
+def _layer(connection: Connection, groups: int | None = None) -> AsLayer:
+    """A layer that is given its input, weight and bias, and the number of groups in the place `groups`."""
+
+    def layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
+        x, weight, bias = (given(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        count = 1 if groups is None else given(node, groups, "groups", 1)
+        if not isinstance(count, int):
+            return None
+        return as_function(net, x, weight, bias, replace(connection, groups=count), constant=count == 1)
+
+    return layer
+
+
+def _register_layers() -> None:
+    """Layers written as functions; those whose weights are parameters follow from the record."""
+    op(F.linear, cut=layer_like, layer=_layer(Connection((0,), (1,), (-1,), (-1,))))(functional_layer)
+    transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    for spatial, plain, upwards in zip((-2, -3, -4), (F.conv1d, F.conv2d, F.conv3d), transposed, strict=True):
+        op(plain, cut=layer_like, layer=_layer(Connection((0,), (1,), (spatial,), (spatial,)), 6))(functional_layer)
+        op(upwards, cut=upwards_like, layer=_layer(Connection((1,), (0,), (spatial,), (spatial,)), 6))(functional_layer)
+
+
+def _lookup_layer(node: fx.Node, net: nn.Module) -> WeightedCall | None:
+    """A table from which rows are looked up, unless that rescales them."""
+    if given(node, 3, "max_norm") is not None:
+        return None
+    x, weight = given(node, 0, "input"), given(node, 1, "weight")
+    return as_function(net, x, weight, None, Connection((1,), (), (-1,), ()))
+
+
+def looking_up(call: Call) -> Axes | None:
+    """A column of the table is a feature of the output."""
+    lead = LETTERS[: call.out.ndim - 1]
+    operands = [(call.given(0, "input"), tuple(lead)), (call.given(1, "weight"), ("rows", "Z"))]
+    return call.axes(operands, (*lead, "Z"), whole=("rows",))
+
+
+@op(F.embedding, cut=looking_up, layer=_lookup_layer)
+def looked_up(call: Call) -> Labels:
+    """Rows of a table that is computed."""
+    return call.all_on()
+
+
 def functional_layer(call: Call) -> Labels:
-    """A layer written as a function. A weight read straight from a parameter is shared like a layer's own."""
-    weight_node, bias_node = weight_of(call.node), call.given(2, "bias")
-    direct = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
-    source = str(weight_node.target) if direct else None
-    groups = call.argument(6, "groups", 1)
-    weight = call.argument(1, "weight")
-    dim = -1 if weight.ndim == 2 else 1 - weight.ndim
-    if source is None or groups != 1:
-        # Every parameter in them acts as a whole.
-        call.findings.opaque.update(sources(weight_node), sources(bias_node))
-        return _depthwise(call, groups, dim) if bias_node is None else call.all_on()
-    labels = None if call.is_empty else read_along(call, call.label(0), dim)
-    call.reads(source, call.argument(0, "input").shape[dim], labels)
-    if source in call.output_weights:
+    """A layer whose weight is computed: every parameter in it acts as a whole."""
+    weight, bias = call.given(1, "weight"), call.given(2, "bias")
+    call.findings.opaque.update(sources(weight), sources(bias))
+    if bias is not None:
         return call.all_on()
-    written = call.space.feature_leaves(source, weight.shape[0])
-    if bias_node is not None:
-        call.space.meet(written, call.labels_of(bias_node))
-    return call.mask_own(written, dim)
-
-
-def _depthwise(call: Call, groups: int, dim: int) -> Labels:
-    """A filter of its own for each channel: zero where the channel is."""
+    # A filter of its own for each channel: zero where the channel is.
     labels: Tensor = call.label(0)
+    groups, ndim = call.argument(6, "groups", 1), call.argument(1, "weight").ndim
+    dim = -1 if ndim == 2 else 1 - ndim
     if not 1 < groups == labels.shape[dim]:
         return call.all_on()
     merged = call.space.merge(labels, range(dim + 1, 0))
     return merged.repeat_interleave(call.out.shape[dim] // groups, dim).expand(call.out.shape)
+
+
+_register_layers()

@@ -350,7 +350,7 @@ def attribute(call: Call) -> Labels:
     """``x.T`` and ``x.mT`` move data; other attributes (shape, device, …) carry no labels."""
     labels = call.label(0)
     if isinstance(labels, Tensor) and isinstance(call.out, Tensor):
-        moved = call.args[1] in ("T", "H", "mH", "data")
+        moved = call.args[1] in ("T", "mT", "H", "mH", "data")
         return getattr(labels, call.args[1]) if moved else call.all_on()
     return call.all_on()
 

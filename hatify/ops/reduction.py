@@ -189,13 +189,16 @@ def _dims(dim: int | Sequence[int] | None, ndim: int) -> set[int]:
 MANY = 4
 
 
-def read_along(call: Call, labels: Tensor, dim: int) -> Tensor:
-    """What a layer that contracts `dim` reads: one label per input feature, shape (I,).
+def read_along(call: Call, labels: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """What a layer that contracts `dims` reads: one label per input feature, shape (I,).
 
     Different features at different positions of one input feature are coupled. Where that would leave few of many
     apart, because the labels vary more elsewhere than along `dim`, the layer mixes positions, and each position is ON.
     """
-    dim %= labels.ndim
+    if len(dims) > 1:
+        labels = labels.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
+        dims = (-1,)
+    dim = dims[0] % labels.ndim
     if set(varying_dims(labels)) - {dim} and is_leaf(compact(labels)).any() and _lie_across(compact(labels), dim):
         return torch.tensor(ON).expand(labels.shape[dim])
     merged = call.space.merge(labels, [d for d in range(labels.ndim) if d != dim])

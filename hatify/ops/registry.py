@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from hatify.axes import Axes, Moves, Name, Names
 from hatify.free import Free
 from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
+from hatify.nn.connection import WeightedCall
 
 #: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
 Labels = Any
@@ -33,6 +34,8 @@ Rule = Callable[["Call"], Labels]
 Cut = Callable[["Call"], Axes | Moves | None]
 #: Target and arguments of a call in a network that has lost indices, from those it would have otherwise.
 Resize = Callable[["Resizing"], "Rewritten"]
+#: The weighted layer that a node calls, given the network.
+AsLayer = Callable[[fx.Node, nn.Module], WeightedCall | None]
 Rewritten = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -70,8 +73,6 @@ class Trait(Enum):
     STATISTIC = auto()
     #: May come between an output layer and the output: makes no features that another layer would read.
     AFTER_HEADS = auto()
-    #: A layer with weights, written as a function.
-    WEIGHTED = auto()
     #: Makes a tensor from sizes.
     FACTORY = auto()
 
@@ -96,6 +97,7 @@ class Operation:
         singular: its operands, given its node, at which it is infinite, or infinitely steep, at zero.
         reads: of a movement, the dimension along which it reads; None: any.
         joins: of a movement that joins tensors, the dimension along which it does.
+        layer: the weighted layer that a node of a network calls by it; None: none.
     """
 
     labels: Rule
@@ -105,6 +107,7 @@ class Operation:
     singular: Callable[[fx.Node], Iterable[Any]] | None = None
     reads: Along | None = None
     joins: Along | None = None
+    layer: AsLayer | None = None
 
 
 #: Every operation that is known, by function, method name or module type.
@@ -119,6 +122,7 @@ def op(
     singular: Callable[[fx.Node], Iterable[Any]] | None = None,
     reads: Along | None = None,
     joins: Along | None = None,
+    layer: AsLayer | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register what is known of functions, tensor methods (by name) and modules (of exactly these types).
 
@@ -130,7 +134,7 @@ def op(
     """
 
     def register(labels: Rule) -> Rule:
-        record = Operation(labels, frozenset(traits), cut, resize, singular, reads, joins)
+        record = Operation(labels, frozenset(traits), cut, resize, singular, reads, joins, layer)
         for target in targets:
             _check_target(target)
             OPERATIONS[target] = record
@@ -215,6 +219,8 @@ class Findings:
     fold: dict[str, bool] = field(default_factory=dict)
     #: Parameters whose entries do not act on features one by one.
     opaque: set[str] = field(default_factory=set)
+    #: Normalisations written as functions that take their mask inside.
+    inside: set[fx.Node] = field(default_factory=set)
 
 
 @dataclass
@@ -231,8 +237,6 @@ class Call:
     labels_of: Callable[[Any], Labels]
     #: The value of a node.
     value_of: Callable[[fx.Node], Any]
-    #: Parameters that are the weight of an output layer.
-    output_weights: frozenset[str] = frozenset()
     #: Whether a mask here would do harm.
     never_masked: bool = False
     #: Whether sizes disagree about the mask that would be needed here.
@@ -339,11 +343,14 @@ class Call:
         self.findings.asked.setdefault(self.node, []).append(Masked(vector, dim, out.ndim))
         return labels
 
-    def mask_own(self, written: Tensor, dim: int) -> Tensor:
-        """Ask for the mask of a weighted layer on its output, whose features `written` (O,) lie along `dim`."""
+    def mask_own(self, written: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """Ask for the mask of a weighted layer on its output, whose features `written` (O,) lie along `dims`."""
         ndim = self.out.ndim
-        self.findings.asked.setdefault(self.node, []).append(Masked(written, dim % ndim, ndim, True))
-        return written.view([-1 if d == dim % ndim else 1 for d in range(ndim)]).expand(self.out.shape)
+        places = [d % ndim for d in dims]
+        view = [size if d in places else 1 for d, size in enumerate(self.out.shape)]
+        dim = places[0] if len(places) == 1 else tuple(view[places[0] :])
+        self.findings.asked.setdefault(self.node, []).append(Masked(written, dim, ndim, True))
+        return written.view(view).expand(self.out.shape)
 
 
 def _along(labels: Tensor, dims: tuple[int, ...]) -> Tensor:
