@@ -230,13 +230,14 @@ class Stubborn(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize(("how", "kept"), [("reshape", 12), ("sort", 4), ("softmax", 4), ("norm", 4)])
-def test_zeros_are_put_back_where_they_are_needed(how: str, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "kept", "put_back"), [("reshape", 12, False), ("sort", 4, True), ("softmax", 4, True), ("norm", 4, False)]
+)
+def test_zeros_are_put_back_where_they_are_needed(how: str, kept: int, put_back: bool) -> None:
     compact = extracted(Stubborn(how), 3)
     assert compact.first.out_features == kept
-    put_back = any(node.target is torch.index_select for node in compact.graph.nodes)
-    assert put_back == (kept < 12)
-    assert not kept < 12 or compact.first.weight.all()
+    assert any(node.target is torch.index_select for node in compact.graph.nodes) == put_back
+    assert kept == 12 or compact.first.weight.all()
 
 
 @pytest.mark.parametrize(
