@@ -316,13 +316,12 @@ class HatModel(fx.GraphModule):
                 HatWarning,
                 stacklevel=2,
             )
-        before = self.values_before
-        assert before is not None
         for name, tensor in named_tensors(self):
-            if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()) or name not in before:
+            if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()):
                 continue
             # What was infinite to begin with ("no limit") is not a fault.
-            if (~torch.isfinite(tensor) & torch.isfinite(before[name])).any():
+            before = guard.saved(name)
+            if before is not None and (~torch.isfinite(tensor) & torch.isfinite(before)).any():
                 raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
         state = self.task_state
         mask = state.binary(task)
@@ -342,13 +341,12 @@ class HatModel(fx.GraphModule):
             TaskError: no task is open.
         """
         guard, opened = self._require_open("abort_task")
-        before = self.values_before
-        assert before is not None
         with torch.no_grad():
             # By the objects as well: a parameter may have another name by now, or be another object.
             for name, tensor in (*guard.tensors.items(), *named_tensors(self)):
-                if name in before and tensor.shape == before[name].shape:
-                    tensor.copy_(before[name])
+                before = guard.saved(name)
+                if before is not None and tensor.shape == before.shape:
+                    tensor.copy_(before)
         with all_or_nothing(self):
             self.task_state.finished[opened.task] = opened.was_finished
             self.task_state.choice.set(self.task_state.task_before)
@@ -440,7 +438,7 @@ class HatModel(fx.GraphModule):
     @property
     def values_before(self) -> dict[str, Tensor] | None:
         """What `abort_task` returns to: every parameter and buffer, by name; None while no task is open."""
-        return None if self.guard is None or self.guard.task is None else self.guard.saved
+        return None if self.guard is None or self.guard.task is None else self.guard.all_saved()
 
     def guard_anew(
         self,
@@ -479,7 +477,7 @@ class HatModel(fx.GraphModule):
         if self.guard is not None and not self.guard.is_of(self):
             self.guard.check_fit(self)
             if self.guard.is_built:
-                self.guard_anew(self.guard.saved)
+                self.guard_anew(self.guard.all_saved())
         return {} if self.guard is None else self.guard.put_right()
 
     def _close(self, tensors: dict[str, Tensor] | None = None) -> None:
