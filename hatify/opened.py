@@ -24,6 +24,8 @@ class OpenTask:
         self.task = task
         #: Whether it had been finished before.
         self.was_finished = state.finished[task]
+        #: Whether it is still to be called for the first time.
+        self.unseen = True
         self.embedding = state.embeddings[task]
         used = state.used(besides=task).to(self.embedding.dtype)
         #: Layer by layer, and of the network as a whole.

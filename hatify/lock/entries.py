@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hatify.nn.per_task import PER_TASK, owned_by
-
-if TYPE_CHECKING:
-    from hatify.model import HatModel
-    from hatify.slots import Use
+from hatify.nn.state import TaskState
+from hatify.slots import Use
 
 
 def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Tensor:
@@ -160,9 +157,10 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def owned_by_tasks(model: HatModel, tasks: Iterable[int]) -> list[Tensor]:
+def owned_by_tasks(model: nn.Module, tasks: Iterable[int]) -> list[Tensor]:
     """Every tensor of which each of `tasks` has its own, the embeddings included."""
     modules = [m for m in model.modules() if isinstance(m, PER_TASK)]
     owned = {id(t): t for task in tasks for m in modules for t in owned_by(m, task)}
-    owned |= {id(e): e for task in tasks for e in [model.task_state.embeddings[task]]}
+    states = [m for m in model.modules() if isinstance(m, TaskState)]
+    owned |= {id(e): e for task in tasks for state in states for e in [state.embeddings[task]]}
     return list(owned.values())

@@ -15,9 +15,9 @@ twice. Until then, writing to what finished tasks own is an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,9 @@ from hatify.labels import compact
 from hatify.lock.entries import PartlyOwned, WhollyOwned, first_of, locked_entries, named_tensors, owned_by_tasks
 from hatify.lock.policy import Hard, LockPolicy
 from hatify.lock.watch import unwatch, watch
-from hatify.nn.state import STATE
+from hatify.nn.state import STATE, TaskState
+from hatify.slots import Use
 from hatify.stamps import Samples, Stamps, can_be_looked_at, entry
-
-if TYPE_CHECKING:
-    from hatify.model import HatModel
 
 
 class Guard:
@@ -39,6 +37,9 @@ class Guard:
 
     Args:
         model: the model.
+        state: the state of its tasks.
+        uses: how the entries of each parameter that tasks share connect features.
+        constants: buffers that never change.
         task: the task that is open, or None.
         saved: the values to return to, by name; None: the current ones.
         tensors: the tensors to protect, by name; None: those of the model.
@@ -46,21 +47,23 @@ class Guard:
 
     def __init__(
         self,
-        model: HatModel,
+        model: nn.Module,
+        state: TaskState,
+        uses: Mapping[str, list[Use]],
+        constants: Iterable[str],
         task: int | None = None,
         saved: Mapping[str, Tensor] | None = None,
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
-        state = model.task_state
         self.task = task
         self.policy: LockPolicy = Hard()
         self.tensors = dict(named_tensors(model)) if tensors is None else tensors
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.finished = {t: state.finished_masks[t].clone() for t in others}
         self.masks = state.finished_masks[others]
-        self.uses = {name: uses for name, uses in model.uses.items() if others and name in self.tensors}
+        self.uses = {name: of for name, of in uses.items() if others and name in self.tensors}
         owned = {id(t) for t in owned_by_tasks(model, others)} if others else set()
-        kept = {*model.constants, f"{STATE}.finished_masks"} if others else set()
+        kept = {*constants, f"{STATE}.finished_masks"} if others else set()
         self.owned = [name for name, t in self.tensors.items() if id(t) in owned or name in kept]
         #: Until there is a copy: what it is to be made of.
         self._given = saved
@@ -231,11 +234,11 @@ class Guard:
         self._stamps = self._stamped()
         return found
 
-    def is_of(self, model: HatModel) -> bool:
+    def is_of(self, model: nn.Module) -> bool:
         """Whether the tensors of `model` still are the objects that are protected here."""
         return all(self.tensors.get(name, tensor) is tensor for name, tensor in named_tensors(model))
 
-    def check_fit(self, model: HatModel) -> None:
+    def check_fit(self, model: nn.Module) -> None:
         """Raise a `HatError` unless objects that have taken the place of what is protected can be put right.
 
         Without a copy to put right from, they have to hold what the others held where that is looked at.
@@ -251,9 +254,8 @@ class Guard:
             self.tensors = {**self.tensors, **dict(named_tensors(model))}
             self._samples.look_at(self.tensors)
 
-    def is_for(self, model: HatModel) -> bool:
-        """Whether this guards what `model` has finished and learns, which loading may have changed."""
-        state = model.task_state
+    def is_for(self, state: TaskState) -> bool:
+        """Whether this guards what is finished and being learned by `state`, which loading may have changed."""
         finished = [t for t, done in enumerate(state.finished) if done and t != self.task]
         same = state.learning == self.task and finished == list(self.finished)
         return same and all(torch.equal(state.finished_masks[t], mask) for t, mask in self.finished.items())
