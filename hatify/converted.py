@@ -112,7 +112,7 @@ class Converted(nn.Module):
         guard = None
         if task is not None or any(state.finished):
             guard = Guard(self, state, self.uses, self.constants, task, saved, tensors)
-            guard.build() if built or (old is not None and old.is_built) else guard.watch()
+            guard.build() if built or (old is not None and old.is_built) else guard.sample()
         opened = None if task is None else OpenTask(state, task)
         self.__dict__.update(guard=guard, opened=opened)
         for watcher in standing:

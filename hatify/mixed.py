@@ -45,13 +45,13 @@ def answer_each(model: Converted, tasks: Tensor, args: tuple[Any, ...], kwargs: 
     parts, rows = {}, []
     for task in tasks.unique().tolist():
         rows.append((tasks == task).nonzero().squeeze(1))
-        own_args, own_kwargs = _taken((args, kwargs), rows[-1])
+        own_args, own_kwargs = _samples_at((args, kwargs), rows[-1])
         with model.task_state.choice.within(task):
             parts[task] = model(*own_args, **own_kwargs)
     return _together(parts, torch.cat(rows))
 
 
-def _taken(inputs: Any, rows: Tensor) -> Any:
+def _samples_at(inputs: Any, rows: Tensor) -> Any:
     return tree_map_only(Tensor, lambda t: t[rows.to(t.device)] if t.ndim else t, inputs)
 
 

@@ -20,7 +20,7 @@ from hatify.growth import grow
 from hatify.known import KnownAnswers
 from hatify.lifecycle import Learner, abort, after_loading, begin, end, require_open
 from hatify.mixed import answer_each, check_tasks
-from hatify.nn.folding import forget
+from hatify.nn.folding import release
 from hatify.nn.per_task import PER_TASK
 from hatify.origin import Origin
 from hatify.plan import Plan
@@ -120,7 +120,7 @@ class HatModel(Learner, fx.GraphModule):
     def train(self, mode: bool = True) -> HatModel:
         super().train(mode)
         if mode:
-            forget(self)
+            release(self)
         if "_graphs" in self.__dict__:
             self.select_graph()
         return self
@@ -132,7 +132,7 @@ class HatModel(Learner, fx.GraphModule):
         reaches such a child through the table it is registered in.
         """
         tables = ("_modules", "_parameters", "_buffers")
-        own = {name: table for table in tables for name in self.__dict__[table] if _taken(self, name)}
+        own = {name: table for table in tables for name in self.__dict__[table] if _is_hidden(self, name)}
         if not own:
             return super().recompile()
         pattern = re.compile(rf"\bself\.({'|'.join(map(re.escape, own))})\b")
@@ -318,7 +318,7 @@ class HatModel(Learner, fx.GraphModule):
         return task, None
 
 
-def _taken(model: HatModel, name: str) -> bool:
+def _is_hidden(model: HatModel, name: str) -> bool:
     """Whether ``model.name`` would not find the child `name`."""
     return name in model.__dict__ or hasattr(type(model), name)
 

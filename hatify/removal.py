@@ -19,7 +19,7 @@ from hatify.answers import asks
 from hatify.axes import Axis, Dims, Grouped, Relation, any_but
 from hatify.classify import Classification, is_plain
 from hatify.free import Free
-from hatify.labels import ON, ZERO, LabelSpace, compact
+from hatify.labels import ON, ZERO, LabelSpace, unexpanded
 from hatify.model import HatModel
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer, family_of
@@ -306,7 +306,7 @@ def feature_dim(module: Any, ndim: int, mask: Tensor) -> int:
 
 def may_be_nonzero(labels: Tensor, dim: int) -> Tensor:
     """At which indices along `dim` some element may be non-zero, bool, shape (size,)."""
-    small = compact(labels) != ZERO
+    small = unexpanded(labels) != ZERO
     return any_but(small, dim % labels.ndim).expand(labels.shape[dim])
 
 

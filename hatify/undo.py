@@ -43,7 +43,7 @@ def all_or_nothing(model: Converted) -> Iterator[None]:
     ]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     values = [(buffer, buffer.clone()) for buffer in state.buffers()]
-    choose_as_before, standing = state.choice.remembered(), model.standing
+    choose_as_before, standing = state.choice.restorer(), model.standing
     try:
         with surroundings_kept():
             yield

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.errors import HatError, listed
-from hatify.labels import compact
+from hatify.labels import unexpanded
 from hatify.lock.entries import PartlyOwned, WhollyOwned, first_of, locked_entries, named_tensors, owned_by_tasks
 from hatify.lock.policy import Hard, LockPolicy
 from hatify.lock.watch import unwatch, watch
@@ -100,9 +100,9 @@ class Guard:
             return self.tensors[name].detach().clone() if given is None else given[name]
 
         for name, parameter, lock in self._locks():
-            if compact(lock).all():
+            if unexpanded(lock).all():
                 whole.append(WhollyOwned(name, parameter, value(name)))
-            elif compact(lock).any():
+            elif unexpanded(lock).any():
                 assert isinstance(parameter, nn.Parameter)
                 partial.append(PartlyOwned(name, parameter, value(name), lock, with_free=self.task is not None))
         whole += [WhollyOwned(name, self.tensors[name], value(name)) for name in self.owned]
@@ -129,11 +129,11 @@ class Guard:
             yield name, parameter, locked_entries(uses, self.masks, parameter.shape)
 
     @torch.no_grad()
-    def watch(self) -> None:
+    def sample(self) -> None:
         """Without a copy, notice at least if something writes to what finished tasks own."""
         if not self.is_built:
             places = [(name, self.tensors[name], 0) for name in self.owned]
-            places += [(name, p, first_of(lock)) for name, p, lock in self._locks() if compact(lock).any()]
+            places += [(name, p, first_of(lock)) for name, p, lock in self._locks() if unexpanded(lock).any()]
             self._samples = Samples(
                 (name, t, i) for name, t, i in places if t.numel() and not t.is_meta and not t.is_inference()
             )

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
 from hatify.axes import Axis, Dims, Moved
-from hatify.labels import ON, ZERO, compact, is_raw, varying_dims
+from hatify.labels import ON, ZERO, is_raw, unexpanded, varying_dims
 from hatify.notrace import timm_functions
 from hatify.ops import resize
 from hatify.ops.registry import Along, Call, Labels, Operation, Trait, alike, behind, constant_labels, op
@@ -197,7 +197,7 @@ def _changed_places(sources: list[tuple[Axis, Tensor]], out: Dims) -> list[Moved
 
 def _settled(index: Tensor) -> Tensor:
     """`index` with every dimension along which it is constant, but for zeros, reduced to size 1."""
-    index = compact(index)
+    index = unexpanded(index)
     for d, size in enumerate(index.shape):
         if size > 1 and bool((index == 0).any()):
             high = index.amax(d, keepdim=True)
@@ -393,7 +393,7 @@ def pad(call: Call) -> Labels:
     if value or isinstance(call.given(3, "value"), fx.Node):
         return F.pad(labels, padding, value=ON)
     # How far positions are padded may depend on a size: the zeros behind them count as more of the same.
-    labels = compact(labels)
+    labels = unexpanded(labels)
     padding = [n if labels.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(padding)]
     return F.pad(labels, padding, value=ZERO).expand(call.out.shape)
 

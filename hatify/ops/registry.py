@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hatify.free import Free
-from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
+from hatify.labels import ON, ZERO, LabelSpace, is_leaf, unexpanded, varying_dims
 
 if TYPE_CHECKING:
     from hatify.ops.resize import Resizing
@@ -276,9 +276,9 @@ class Call:
         if labels.shape != out.shape or harmful or not (out.is_floating_point() or out.is_complex()):
             return self.all_on()
         if not zero_stays:
-            labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
+            labels = torch.where(unexpanded(labels) == ZERO, ON, unexpanded(labels)).expand(out.shape)
         dims = varying_dims(labels)
-        if not is_leaf(compact(labels)).any():
+        if not is_leaf(unexpanded(labels)).any():
             return labels if len(dims) < 2 else self.all_on()
         dim: int | tuple[int, ...] = dims[0] if dims else out.ndim - 1
         vector = _along(labels, dims).reshape(-1)
