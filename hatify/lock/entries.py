@@ -62,15 +62,17 @@ class PartlyOwned:
     def __init__(self, name: str, parameter: nn.Parameter, saved: Tensor, lock: Tensor, with_free: bool) -> None:
         self.name, self.parameter, self.lock = name, parameter, lock
         self.run = _length_of_runs(lock)
-        locked, free = (chosen.nonzero().squeeze(1) for chosen in (self._runs_locked(), ~self._runs_locked()))
-        count = len(locked) + len(free)
-        by_numbers, few = parameter.is_contiguous(), len(free) <= FEW * count
+        is_locked = self._runs_locked()
+        locked, free = (chosen.nonzero().squeeze(1) for chosen in (is_locked, ~is_locked))
+        by_numbers, few = parameter.is_contiguous(), len(free) <= FEW * len(is_locked)
         #: The numbers of the free runs, or of the locked ones, if that is how these are reached.
         self.free = free if by_numbers and few else None
-        self.locked = locked if by_numbers and not few and (self.run > 1 or len(locked) <= SINGLE * count) else None
-        #: What the locked runs held, or all of the parameter.
+        self.locked = (
+            locked if by_numbers and not few and (self.run > 1 or len(locked) <= SINGLE * len(is_locked)) else None
+        )
+        #: What the locked runs held, or all of the parameter; and what the free ones held, if it is kept apart.
         self._kept = saved if self.locked is None else saved.reshape(-1, self.run)[self.locked]
-        self._kept_free = saved.reshape(-1, self.run)[free] if self.locked is not None and with_free else None
+        self._free = saved.reshape(-1, self.run)[free] if self.locked is not None and with_free else None
 
     def _runs_locked(self) -> Tensor:
         return self.lock.reshape(-1, self.run)[:, 0]
@@ -80,14 +82,11 @@ class PartlyOwned:
         """What the parameter held; where that of free entries is not kept, what they hold."""
         if self.locked is None:
             return self._kept
-        locked = self._runs_locked()
-        saved = self._kept.new_empty(self.lock.shape)
-        runs = saved.view(-1, self.run)
-        runs[locked] = self._kept
-        runs[~locked] = (
-            self.parameter.detach().reshape(-1, self.run)[~locked] if self._kept_free is None else self._kept_free
-        )
-        return saved
+        is_locked = self._runs_locked()
+        of_free = self.parameter.detach().reshape(-1, self.run)[~is_locked] if self._free is None else self._free
+        runs = self._kept.new_empty(len(is_locked), self.run)
+        runs[is_locked], runs[~is_locked] = self._kept, of_free
+        return runs.view(self.lock.shape)
 
     def restore(self) -> None:
         """Put the locked entries back."""
