@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
+from hatify.converted import Converted
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def _select_graph(net: nn.Module) -> None:
 
 
 @contextmanager
-def same_numbers(model: HatModel) -> Iterator[None]:
+def same_numbers(model: Converted) -> Iterator[None]:
     """Within the context, random numbers are the same each time, on the CPU and where the model is."""
     device = model.task_state.scale.device
     on_gpu = device.type == "cuda"
@@ -66,7 +65,7 @@ def same_numbers(model: HatModel) -> Iterator[None]:
 Arguments = tuple[Any, ...] | dict[str, Any]
 
 
-def arguments(model: HatModel, inputs: Arguments | Tensor | None) -> Arguments:
+def arguments(model: Converted, inputs: Arguments | Tensor | None) -> Arguments:
     """What to call a model with: `inputs`, or those of its conversion, where the model is, and as precise.
 
     Never the same tensors, since a network may write to its inputs.
@@ -81,7 +80,7 @@ def arguments(model: HatModel, inputs: Arguments | Tensor | None) -> Arguments:
 
 
 @contextmanager
-def answering(model: HatModel, task: int) -> Iterator[None]:
+def answering(model: Converted, task: int) -> Iterator[None]:
     """Within the context, `task` answers in evaluation mode, without autocast around it.
 
     Modes, buffers and random numbers are restored.
@@ -92,13 +91,13 @@ def answering(model: HatModel, task: int) -> Iterator[None]:
         in_evaluation(model),
         torch.no_grad(),
         same_numbers(model),
-        model.task(task),
+        model.task_state.choice.within(task),
         buffers_restored(model),
     ):
         yield
 
 
-def answers(model: HatModel, task: int, inputs: Arguments) -> list[Any]:
+def answers(model: Converted, task: int, inputs: Arguments) -> list[Any]:
     """The outputs of a task, as a flat list, with the same random numbers each time."""
     given = arguments(model, inputs)
     with answering(model, task):

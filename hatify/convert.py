@@ -72,7 +72,7 @@ def hatify(
         ConversionError: the network cannot be traced, or an argument does not fit it.
         ValueError: an argument is out of range.
     """
-    num_classes, heads, policies = _kept(num_classes), _kept(heads), dict(policies or {})
+    num_classes, heads, policies = _reusable(num_classes), _reusable(heads), dict(policies or {})
     options = {name: value for name, value in locals().items() if name not in ("net", "example_inputs")}
     original, net, origin = net, _own_copy(net, options), Origin.of(net, options)
     inputs = _example_inputs(net, example_inputs)
@@ -174,7 +174,7 @@ def _put_back(net: nn.Module, original: nn.Module) -> None:
             parameter.copy_(as_it_was)
 
 
-def _kept(given: Any) -> Any:
+def _reusable(given: Any) -> Any:
     """`given`, as a list if it could be iterated over only once."""
     return list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
 

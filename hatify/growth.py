@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from hatify.converted import Converted
 from hatify.errors import TaskError
 from hatify.nn.per_task import PER_TASK, PerTask, PerTaskTensor
 from hatify.nn.state import STATE, initial_embedding
@@ -18,12 +19,9 @@ from hatify.rewrite import class_counts, heads_of_size
 from hatify.structure import tensor_names
 from hatify.undo import all_or_nothing
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
-
 
 @torch.no_grad()
-def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> None:
+def grow(model: Converted, n: int, num_classes: int | Iterable[int] | None) -> None:
     """What `HatModel.add_tasks` does."""
     if model.active_task is not None:
         raise TaskError(f"task {model.active_task} is open: call end_task() or abort_task() before adding tasks")
@@ -47,7 +45,7 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
         model.settle()
         _grow_modules(model, modules, fresh, source, n)
         _grow_state(model, n)
-        model.task_state.trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
+        model.trainable.names |= {f"{STATE}.embeddings.{task}" for task in range(first, first + n)}
         model.__dict__["origin"] = replace(model.origin, added=(*model.origin.added, (n, classes)))
         of_each_task = model.__dict__.get("num_classes")
         if isinstance(of_each_task, tuple) and classes is not None:
@@ -58,10 +56,10 @@ def grow(model: HatModel, n: int, num_classes: int | Iterable[int] | None) -> No
 
 
 def _grow_modules(
-    model: HatModel, modules: Sequence[tuple[str, nn.Module]], fresh: dict[str, list[nn.Module]], source: int, n: int
+    model: Converted, modules: Sequence[tuple[str, nn.Module]], fresh: dict[str, list[nn.Module]], source: int, n: int
 ) -> None:
     """`n` more copies of all that tasks do not share: heads as given in `fresh`, the others like those of `source`."""
-    first, trainable = model.num_tasks, model.task_state.trainable
+    first, trainable = model.num_tasks, model.trainable
     memos: list[dict[int, Any]] = [{} for _ in range(n)]
     for path, module in modules:
         if isinstance(module, PerTask):
@@ -74,7 +72,7 @@ def _grow_modules(
         trainable.names |= {f"{path}.{task}{rest}" for task in range(first, first + n) for rest in own}
 
 
-def _grow_state(model: HatModel, n: int) -> None:
+def _grow_state(model: Converted, n: int) -> None:
     state = model.task_state
     like = state.embeddings[0]
     state.embeddings.extend(
@@ -84,7 +82,7 @@ def _grow_state(model: HatModel, n: int) -> None:
     state.finished += [False] * n
 
 
-def _heads_like_before(model: HatModel) -> int | None:
+def _heads_like_before(model: Converted) -> int | None:
     """The number of classes of heads that were all made afresh with the same one."""
     classes = model.origin.arguments["num_classes"]
     if isinstance(classes, list):
@@ -92,7 +90,7 @@ def _heads_like_before(model: HatModel) -> int | None:
     return None if classes is None else int(classes)
 
 
-def _source(model: HatModel) -> int:
+def _source(model: Converted) -> int:
     """The task whose copies new ones start from: one that has learned nothing, else the last."""
     unused = (task for task, done in enumerate(model.task_state.finished) if not done)
     return next(unused, model.num_tasks - 1)

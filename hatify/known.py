@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hatify.asking import answers, equal
+from hatify.converted import Converted
 from hatify.errors import HatError
 from hatify.structure import settings
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
-
+M = TypeVar("M", bound=Converted)
 
 #: Larger differences, in units of the largest number in an output, do not come from other kernels.
 ROUNDING = 1e-3
@@ -30,11 +30,11 @@ class KnownAnswers:
         #: How the modules were set up then.
         self.settings: dict[str, Any] = {}
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Ask anew the next time: on another device, or with other weights, answers are other ones."""
         self.of.clear()
 
-    def ask(self, model: HatModel, besides: int) -> None:
+    def ask(self, model: Converted, besides: int) -> None:
         """Note what finished tasks answer that are not known; the task `besides` may change.
 
         Raises:
@@ -50,11 +50,14 @@ class KnownAnswers:
             if task != besides and task not in self.of:
                 self.of[task] = _asked(model, task)
 
-    def compare(self, model: HatModel, learned: int) -> None:
-        """Raise a `HatError` if what happened while `learned` was trained changes what another task answers."""
+    def compare(self, model: M, learned: int, abort: Callable[[M], None]) -> None:
+        """Raise a `HatError` if what happened while `learned` was trained changes what another task answers.
+
+        `abort` undoes what has happened to a model since.
+        """
         if model.task_state.scale.is_meta:
             return
-        twins: tuple[HatModel, HatModel] | None = None
+        twins: tuple[M, M] | None = None
         for task in model.finished_tasks:
             if task == learned or self._is_as_known(model, task):
                 continue
@@ -67,7 +70,7 @@ class KnownAnswers:
             # Other threads, kernels or places in memory may round otherwise: ask both again, side by side.
             if twins is None:
                 twins = copy.deepcopy(model), copy.deepcopy(model)
-                twins[0].abort_task()
+                abort(twins[0])
             then, now = (_asked(twin, task) for twin in twins)
             if then is not None and (now is None or not equal(then, now)):
                 raise HatError(
@@ -85,14 +88,14 @@ class KnownAnswers:
                     "call abort_task()"
                 )
 
-    def _is_as_known(self, model: HatModel, task: int) -> bool:
+    def _is_as_known(self, model: Converted, task: int) -> bool:
         """Whether a task answers as it is known to, or could not be asked; False if nothing is known of it."""
         if task not in self.of:
             return False
         known, found = self.of[task], _asked(model, task)
         return known is None or (found is not None and equal(found, known))
 
-    def _changed(self, model: HatModel) -> str:
+    def _changed(self, model: Converted) -> str:
         """A setting that is another one now, in words; empty if none is."""
         now = settings(model)
         for name in (*self.settings, *now):
@@ -102,7 +105,7 @@ class KnownAnswers:
         return ""
 
 
-def _asked(model: HatModel, task: int) -> list[Any] | None:
+def _asked(model: Converted, task: int) -> list[Any] | None:
     try:
         return answers(model, task, model.example_inputs)
     except Exception:  # whatever an operation raises: parts on other devices, say

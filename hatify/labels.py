@@ -136,17 +136,17 @@ class LabelSpace:
         """Labels of a reduction over `dims` (kept with size 1): ON if any is ON, else all that meet are coupled."""
         wanted = sorted({d % labels.ndim for d in dims}, reverse=True)
         shape = [1 if d in wanted else n for d, n in enumerate(labels.shape)]
-        small = compact(labels)
+        small = unexpanded(labels)
         kept = [d for d in range(small.ndim) if d not in wanted]
         columns = small.permute(*kept, *wanted).reshape(*(small.shape[d] for d in kept), -1)
         if columns.shape[-1] > 1:
-            columns = self._fold(columns)
+            columns = self._merged(columns)
         result = columns.squeeze(-1)
         for d in sorted(wanted):
             result = result.unsqueeze(d)
         return result.expand(shape)
 
-    def _fold(self, columns: Tensor) -> Tensor:
+    def _merged(self, columns: Tensor) -> Tensor:
         """Merge the last dimension."""
         if not self.couple:
             different = columns.reshape(-1, columns.shape[-1]).unique(dim=1)
@@ -213,10 +213,10 @@ def is_leaf(labels: Tensor) -> Tensor:
 
 def is_raw(labels: Tensor) -> bool:
     """Whether `labels` are all leaves of raw parameters."""
-    return bool((compact(labels) >= FIRST_RAW).all())
+    return bool((unexpanded(labels) >= FIRST_RAW).all())
 
 
-def compact(labels: Tensor) -> Tensor:
+def unexpanded(labels: Tensor) -> Tensor:
     """`labels` with every dimension along which they are constant reduced to size 1."""
     for d, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1:
@@ -228,12 +228,12 @@ def compact(labels: Tensor) -> Tensor:
 
 def varying_dims(labels: Tensor) -> tuple[int, ...]:
     """The dimensions along which `labels` are not constant."""
-    return tuple(d for d, n in enumerate(compact(labels).shape) if n > 1)
+    return tuple(d for d, n in enumerate(unexpanded(labels).shape) if n > 1)
 
 
-def compact_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def unexpanded_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two label tensors of one shape, with the dimensions along which both are constant reduced to size 1."""
-    small_a, small_b = compact(a), compact(b)
+    small_a, small_b = unexpanded(a), unexpanded(b)
     return torch.broadcast_tensors(small_a, small_b)
 
 
@@ -242,11 +242,11 @@ _MANY = 1 << 16
 
 
 def condensed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """`compact_pair`, with runs of equal slices along a dimension reduced to one each; and what undoes that.
+    """`unexpanded_pair`, with runs of equal slices along a dimension reduced to one each; and what undoes that.
 
     A class token makes labels differ between tokens; all patches behind it are one run.
     """
-    a, b = compact_pair(a, b)
+    a, b = unexpanded_pair(a, b)
     for d, size in enumerate(a.shape if a.numel() > _MANY else ()):
         lines = (x.movedim(d, -1)[(0,) * (x.ndim - 1)].unsqueeze(0) for x in (a, b))
         if size == 1 or _changes(*lines).sum() > size // 4:

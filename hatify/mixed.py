@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from hatify.converted import Converted
 from hatify.errors import TaskError
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
 
-
-def check_tasks(model: HatModel, tasks: Tensor) -> None:
+def check_tasks(model: Converted, tasks: Tensor) -> None:
     """Raise a `TaskError` unless `tasks` names a finished task for each sample."""
     if tasks.dtype != torch.int64 or tasks.ndim != 1 or not tasks.numel():
         raise TaskError(f"expected one task per sample, int64 (batch,), not {tasks.dtype} {tuple(tasks.shape)}")
@@ -24,7 +22,7 @@ def check_tasks(model: HatModel, tasks: Tensor) -> None:
             raise TaskError(f"task {task} is not finished: only finished tasks answer side by side")
 
 
-def answer_each(model: HatModel, tasks: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def answer_each(model: Converted, tasks: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call `model` once per task, on that task's samples, and put the answers together in the samples' order.
 
     Args:
@@ -47,13 +45,13 @@ def answer_each(model: HatModel, tasks: Tensor, args: tuple[Any, ...], kwargs: d
     parts, rows = {}, []
     for task in tasks.unique().tolist():
         rows.append((tasks == task).nonzero().squeeze(1))
-        own_args, own_kwargs = _taken((args, kwargs), rows[-1])
-        with model.task(task):
+        own_args, own_kwargs = _samples_at((args, kwargs), rows[-1])
+        with model.task_state.choice.within(task):
             parts[task] = model(*own_args, **own_kwargs)
     return _together(parts, torch.cat(rows))
 
 
-def _taken(inputs: Any, rows: Tensor) -> Any:
+def _samples_at(inputs: Any, rows: Tensor) -> Any:
     return tree_map_only(Tensor, lambda t: t[rows.to(t.device)] if t.ndim else t, inputs)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,36 +13,30 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hatify import ranks
-from hatify.census import Census
 from hatify.classify import computed_tensors
-from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError, listed
+from hatify.errors import HatError, TaskError
 from hatify.gate import gate
 from hatify.growth import grow
 from hatify.known import KnownAnswers
-from hatify.lock import Guard, named_tensors
+from hatify.lifecycle import Learner, abort, after_loading, begin, end, require_open
 from hatify.mixed import answer_each, check_tasks
-from hatify.nn.folding import forget
+from hatify.nn.folding import release
 from hatify.nn.per_task import PER_TASK
-from hatify.nn.state import STATE, TaskState
-from hatify.opened import OpenTask
 from hatify.origin import Origin
 from hatify.plan import Plan
 from hatify.regularization import capacity_regularization
-from hatify.slots import Use
-from hatify.stamps import can_be_looked_at
 from hatify.structure import check_leaves, check_structure, layer_types, tensor_names
 from hatify.trace import reads_training_flag
 from hatify.trainable import Trainable
-from hatify.undo import all_or_nothing
 from hatify.weights import refuse_parts, refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "guard", "_open", "_known_answers", "wrapper_note")
+_NOT_COPIED = ("_graph", "_graphs", "guard", "opened", "known_answers", "wrapper_note")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class HatModel(fx.GraphModule):
+class HatModel(Learner, fx.GraphModule):
     """A network that learns one task after another and forgets none; made by `hatify.hatify`.
 
     It is called like the original. Between `begin_task` and `end_task` it learns one task; `set_task` chooses which
@@ -58,20 +50,8 @@ class HatModel(fx.GraphModule):
         example_inputs: what the original was converted with.
     """
 
-    plan: Plan
-    census: Census
-    s_max: float
-    example_inputs: tuple[Any, ...] | dict[str, Any]
-    uses: dict[str, list[Use]]
-    constants: tuple[str, ...]
-    origin: Origin
     _graphs: dict[bool, fx.Graph]
-    guard: Guard | None
-    _open: OpenTask | None
-    _known_answers: KnownAnswers
-    _unseen: bool
     _mode_readers: tuple[str, ...]
-    wrapper_note: ranks.Note | None = None
     _ddp_params_and_buffers_to_ignore = property(ranks.ignored, ranks.ignore)
 
     def __init__(
@@ -101,20 +81,19 @@ class HatModel(fx.GraphModule):
             constants=tuple(e.name for e in plan.census if e.policy == "constant"),
             origin=origin,
             guard=None,
-            _open=None,
-            _known_answers=KnownAnswers(),
-            _unseen=False,
+            opened=None,
+            known_answers=KnownAnswers(),
+            trainable=Trainable({name for name, p in self.named_parameters() if p.requires_grad}),
         )
         for module in self.modules():
             if isinstance(module, PER_TASK):
                 module.choice = self.task_state.choice
         self.task_state.tensor_names, self.task_state.layer_types = tensor_names(self), layer_types(self)
-        self.task_state.trainable = Trainable({name for name, p in self.named_parameters() if p.requires_grad})
         self._install({True: training, False: evaluation})
         if training is not evaluation:
             self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
             self.register_forward_pre_hook(_check_modes)
-        self.register_load_state_dict_post_hook(_after_loading)
+        self.register_load_state_dict_post_hook(after_loading)
         self.settle()
 
     # The graph -------------------------------------------------------------------------------------------------------
@@ -141,7 +120,7 @@ class HatModel(fx.GraphModule):
     def train(self, mode: bool = True) -> HatModel:
         super().train(mode)
         if mode:
-            forget(self)
+            release(self)
         if "_graphs" in self.__dict__:
             self.select_graph()
         return self
@@ -153,7 +132,7 @@ class HatModel(fx.GraphModule):
         reaches such a child through the table it is registered in.
         """
         tables = ("_modules", "_parameters", "_buffers")
-        own = {name: table for table in tables for name in self.__dict__[table] if _taken(self, name)}
+        own = {name: table for table in tables for name in self.__dict__[table] if _is_hidden(self, name)}
         if not own:
             return super().recompile()
         pattern = re.compile(rf"\bself\.({'|'.join(map(re.escape, own))})\b")
@@ -197,59 +176,31 @@ class HatModel(fx.GraphModule):
         self.put_right()
         before = self.values_before
         super()._apply(fn, recurse)
-        self._known_answers.forget()
+        self.known_answers.clear()
         if self.guard is not None:
             self.guard_anew(None if before is None else {name: fn(tensor) for name, tensor in before.items()})
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (wrapper := DistributedDataParallel._active_ddp_module) is not None:
-            ranks.notice(self, wrapper)
+            note = ranks.notice(self, wrapper, self.wrapper_note)
+            if note is not self.wrapper_note:
+                self.__dict__["wrapper_note"] = note
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        self._look_after(self.training)
+        if self.guard is not None:
+            self.guard.check(self.training)
         tasks = self.task_state.choice.of_samples
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
         outputs = super().__call__(*args, **kwargs)
-        if self._unseen and torch.is_grad_enabled():
+        if self.opened is not None and self.opened.unseen and torch.is_grad_enabled():
             check_structure(self)
             check_leaves(self, (args, kwargs), outputs)
-            self.__dict__["_unseen"] = False
+            self.opened.unseen = False
         return outputs
 
     # Tasks -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def task_state(self) -> TaskState:
-        """The module that holds embeddings and masks."""
-        return self._modules[STATE]  # type: ignore[return-value]
-
-    @property
-    def num_tasks(self) -> int:
-        """How many tasks there is room for."""
-        return len(self.task_state.embeddings)
-
-    @property
-    def finished_tasks(self) -> tuple[int, ...]:
-        """The tasks that have been ended, in order of their numbers."""
-        return tuple(t for t, done in enumerate(self.task_state.finished) if done)
-
-    @property
-    def active_task(self) -> int | None:
-        """The task that is open for training, or None."""
-        return self.task_state.learning
-
-    @property
-    def mask_scale(self) -> float:
-        """s of Equation 1, positive; usually set by `MaskScale`."""
-        return float(self.task_state.scale)
-
-    @mask_scale.setter
-    def mask_scale(self, scale: float) -> None:
-        if not 0 < scale < math.inf:
-            raise ValueError(f"the mask scale must be positive and finite, not {scale}")
-        self.task_state.scale.fill_(scale)
 
     def begin_task(self, task: int) -> None:
         """Open a task for training, and lock what the finished tasks own.
@@ -265,26 +216,7 @@ class HatModel(fx.GraphModule):
             TaskError: another task is open, or there is no such task.
             HatError: parameters have been wrapped, removed or added since the conversion.
         """
-        self.check_task(task)
-        if self.active_task is not None:
-            raise TaskError(f"task {self.active_task} is still open: call end_task() or abort_task() first")
-        if torch.is_inference_mode_enabled():
-            raise TaskError("begin_task() inside torch.inference_mode(): nothing can be trained there; call it outside")
-        check_structure(self)
-        self.put_right()
-        self._warn_of_full_layers(task)
-        with all_or_nothing(self):
-            self.__dict__.pop("wrapper_note", None)
-            self._known_answers.ask(self, besides=task)
-            self.task_state.task_before = self.task_state.task
-            self.task_state.learning = task
-            self.task_state.choice.set(task)
-            self.settle()
-            self.guard_anew()
-            self.mask_scale = self.s_max
-            self.zero_grad(set_to_none=True)
-            self.__dict__["_unseen"] = True
-            self.train()
+        begin(self, task)
 
     def end_task(self) -> None:
         """Close the open task: its masks become binary and fixed. Switches to evaluation mode.
@@ -301,36 +233,7 @@ class HatModel(fx.GraphModule):
                 `DistributedDataParallel` wrapper; a finished task does not answer as before; or parameters have been
                 wrapped, removed or added. The task is still open; `abort_task` undoes it.
         """
-        task = self._require_open("end_task")[1].task
-        changed = self.put_right()
-        guard = self.guard
-        assert guard is not None
-        # Before anything that may raise on one rank alone, where the others would wait for it.
-        ranks.agree(self, guard)
-        check_structure(self)
-        if changed and not guard.swapping:
-            count = sum(changed.values())
-            warnings.warn(
-                f"{listed(list(changed))}: {count} entries that finished tasks own were changed during task {task}, "
-                "outside any optimizer step; they have been put back",
-                HatWarning,
-                stacklevel=2,
-            )
-        before = self.values_before
-        assert before is not None
-        for name, tensor in named_tensors(self):
-            if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()) or name not in before:
-                continue
-            # What was infinite to begin with ("no limit") is not a fault.
-            if (~torch.isfinite(tensor) & torch.isfinite(before[name])).any():
-                raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
-        state = self.task_state
-        mask = state.binary(task)
-        self._warn_of_empty_layers(task, mask)
-        with all_or_nothing(self):
-            self._known_answers.compare(self, learned=task)
-            state.finish(task, mask)
-            self._close()
+        end(self)
 
     def abort_task(self) -> None:
         """Abandon the open task: everything is as it was at `begin_task`, bit for bit. Switches to evaluation mode.
@@ -341,18 +244,7 @@ class HatModel(fx.GraphModule):
         Raises:
             TaskError: no task is open.
         """
-        guard, opened = self._require_open("abort_task")
-        before = self.values_before
-        assert before is not None
-        with torch.no_grad():
-            # By the objects as well: a parameter may have another name by now, or be another object.
-            for name, tensor in (*guard.tensors.items(), *named_tensors(self)):
-                if name in before and tensor.shape == before[name].shape:
-                    tensor.copy_(before[name])
-        with all_or_nothing(self):
-            self.task_state.finished[opened.task] = opened.was_finished
-            self.task_state.choice.set(self.task_state.task_before)
-            self._close(guard.tensors)
+        abort(self)
 
     def set_task(self, task: int | Tensor) -> None:
         """Choose the task that answers, or one for each sample: for everybody, threads included; compare `task`.
@@ -412,18 +304,11 @@ class HatModel(fx.GraphModule):
         Raises:
             TaskError: no task is open.
         """
-        _, opened = self._require_open("regularization")
+        _, opened = require_open(self, "regularization")
         state = self.task_state
         gates = gate(state.embeddings[opened.task], state.scale, state.s_max, state.clamp)
         capacity = opened.capacity if per_layer else opened.capacity_of_all
         return capacity_regularization(gates, capacity, self.num_tasks, quota)
-
-    # What the functions above are made of ----------------------------------------------------------------------------
-
-    def check_task(self, task: int) -> None:
-        """Raise a `TaskError` unless there is such a task."""
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.num_tasks:
-            raise TaskError(f"there is no task {task!r}: tasks are 0 … {self.num_tasks - 1}")
 
     def _chosen(self, task: int | Tensor) -> tuple[int, Tensor | None]:
         if isinstance(task, Tensor):
@@ -432,85 +317,8 @@ class HatModel(fx.GraphModule):
         self.check_task(task)
         return task, None
 
-    def _require_open(self, call: str) -> tuple[Guard, OpenTask]:
-        if self.guard is None or self._open is None:
-            raise TaskError(f"{call}() needs an open task: call begin_task() first")
-        return self.guard, self._open
 
-    @property
-    def values_before(self) -> dict[str, Tensor] | None:
-        """What `abort_task` returns to: every parameter and buffer, by name; None while no task is open."""
-        return None if self.guard is None or self.guard.task is None else self.guard.saved
-
-    def guard_anew(
-        self,
-        saved: Mapping[str, Tensor] | None = None,
-        tensors: dict[str, Tensor] | None = None,
-        built: bool = False,
-    ) -> None:
-        """Guard what is finished now and, while a task is open, what `abort_task` returns to: `saved`, else what is.
-
-        `built`: keep a copy of what finished tasks own at once.
-        """
-        old, standing, task = self.guard, self.standing, self.active_task
-        guarded = task is not None or any(self.task_state.finished)
-        guard = Guard(self, task, dict(saved) if saved else None, tensors) if guarded else None
-        opened = None if task is None else OpenTask(self.task_state, task)
-        if guard is not None:
-            guard.build() if built or (old is not None and old.is_built) else guard.watch()
-        self.__dict__.update(guard=guard, _open=opened)
-        for watcher in standing:
-            watcher.disarm()
-
-    @property
-    def standing(self) -> list[Guard | OpenTask]:
-        """What watches the steps of optimizers for this model."""
-        return [watcher for watcher in (self.guard, self._open) if watcher is not None]
-
-    def _look_after(self, training: bool = False) -> None:
-        """Put right what finished tasks own before it is used, if anything seems to have been written to."""
-        if self.guard is not None:
-            self.guard.check(training)
-
-    def put_right(self) -> dict[str, int]:
-        """Put back all that finished tasks own, also into parameters that have become other objects."""
-        if not can_be_looked_at():
-            return {}
-        if self.guard is not None and not self.guard.is_of(self):
-            self.guard.check_fit(self)
-            if self.guard.is_built:
-                self.guard_anew(self.guard.saved)
-        return {} if self.guard is None else self.guard.put_right()
-
-    def _close(self, tensors: dict[str, Tensor] | None = None) -> None:
-        self.task_state.learning = None
-        self.zero_grad(set_to_none=True)
-        self.settle()
-        self.guard_anew(tensors=tensors)
-        self.eval()
-
-    def settle(self) -> None:
-        """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
-        self.task_state.trainable.settle(self)
-
-    def _warn_of_full_layers(self, task: int) -> None:
-        used = self.task_state.used(besides=task)
-        full = [name for name, (start, stop) in self.task_state.groups.items() if used[start:stop].all()]
-        if full:
-            layers = listed(full, "layers")
-            message = f"{layers}: no feature is left that is free of finished tasks; task {task} can only reuse them"
-            warnings.warn(message, CapacityWarning, stacklevel=3)
-
-    def _warn_of_empty_layers(self, task: int, mask: Tensor) -> None:
-        forced = mask & (self.task_state.embeddings[task] <= 0)
-        off = [name for name, (start, stop) in self.task_state.groups.items() if forced[start:stop].any()]
-        if off:
-            layers = listed(off, "layers")
-            message = f"{layers}: task {task} has every feature off; its strongest one is kept on"
-            warnings.warn(message, HatWarning, stacklevel=3)
-
-
-def _taken(model: HatModel, name: str) -> bool:
+def _is_hidden(model: HatModel, name: str) -> bool:
     """Whether ``model.name`` would not find the child `name`."""
     return name in model.__dict__ or hasattr(type(model), name)
 
@@ -538,14 +346,6 @@ def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...
     )
 
 
-def _after_loading(model: HatModel, incompatible: Any) -> None:
-    """Take over the task state that was loaded; a model that was not at that point yet guards what was loaded."""
-    model.settle()
-    model._known_answers.forget()
-    same = model.guard is not None and model.guard.is_for(model)
-    model.guard_anew(model.values_before if same else None)
-
-
 def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
     training = copy.deepcopy(graphs[True], memo)
     return {
@@ -564,7 +364,7 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, guard=None, _open=None, _known_answers=KnownAnswers())
+    model.__dict__.update(state, guard=None, opened=None, known_answers=KnownAnswers())
     model._install(graphs)
     model.guard_anew(saved, built=built)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 
 import torch
 
@@ -24,6 +24,8 @@ class OpenTask:
         self.task = task
         #: Whether it had been finished before.
         self.was_finished = state.finished[task]
+        #: Whether it is still to be called for the first time.
+        self.unseen = True
         self.embedding = state.embeddings[task]
         used = state.used(besides=task).to(self.embedding.dtype)
         #: Layer by layer, and of the network as a whole.
@@ -43,7 +45,7 @@ class OpenTask:
         """Nothing to do."""
 
     @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer, decay: Mapping[int, float]) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, held: Container[int]) -> None:
         """Keep embeddings within ± `EMBEDDING_LIMIT` (Serrà et al. 2018, section 2.4)."""
-        if id(self.embedding) in decay:
+        if id(self.embedding) in held:
             self.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)

@@ -17,23 +17,20 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from hatify.converted import Converted
 from hatify.errors import HatError, TaskError, listed
 from hatify.lock import Guard, named_tensors, owned_by_tasks
 from hatify.nn.state import STATE
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
-
 #: Bytes of a digest.
 SIZE = 16
 #: Where a model keeps names that the user wants a wrapper to ignore.
-_IGNORED = "_ddp_ignored"
+IGNORED = "ddp_ignored"
 
 
 @dataclass
@@ -51,44 +48,42 @@ class Note:
 # The wrapper ---------------------------------------------------------------------------------------------------------
 
 
-def ignored(model: HatModel) -> list[str]:
+def ignored(model: Converted) -> list[str]:
     """Names that a wrapper made now is to leave alone: the buffers of finished tasks, and what the user has set."""
     state = model.task_state
     fixed = [t for t in model.finished_tasks if t != state.learning]
     owned = {id(t) for t in owned_by_tasks(model, fixed)}
     finished = [name for name, buffer in model.named_buffers() if id(buffer) in owned]
-    return [*model.__dict__.get(_IGNORED, ()), *finished]
+    return [*model.__dict__.get(IGNORED, ()), *finished]
 
 
-def ignore(model: HatModel, names: Iterable[str]) -> None:
+def ignore(model: Converted, names: Iterable[str]) -> None:
     """What torch's `_set_params_and_buffers_to_ignore_for_model` calls."""
-    model.__dict__[_IGNORED] = tuple(names)
+    model.__dict__[IGNORED] = tuple(names)
 
 
-def notice(model: HatModel, wrapper: DistributedDataParallel) -> None:
-    """`model` is called within a forward pass of `wrapper`.
+def notice(model: Converted, wrapper: DistributedDataParallel, note: Note | None) -> Note | None:
+    """`model` is called within a forward pass of `wrapper`; what is to be noted of that, `note` being what was.
 
     Raises:
         TaskError: `wrapper` cannot train the open task, since it was made for another.
     """
     task = model.task_state.learning
     if task is None or not (model.training or torch.is_grad_enabled()):
-        return
+        return note
     if torch.compiler.is_compiling():
         # Nothing here may break the graph; ranks that drift apart are found when the task ends.
-        model.__dict__["wrapper_note"] = Note(wrapper.process_group, wrapper.device, None)
-        return
-    note = model.wrapper_note
+        return Note(wrapper.process_group, wrapper.device, None)
     if note is not None and note.wrapper is not None and note.wrapper() is wrapper:
-        return
+        return note
     # Called by a module in the wrapper, but not of it: another one's teacher, for example.
     if wrapper.process_group.size() == 1 or all(module is not model for module in wrapper.module.modules()):
-        return
+        return note
     _check_wrapper(model, wrapper, task)
-    model.__dict__["wrapper_note"] = Note(wrapper.process_group, wrapper.device, weakref.ref(wrapper))
+    return Note(wrapper.process_group, wrapper.device, weakref.ref(wrapper))
 
 
-def _check_wrapper(model: HatModel, wrapper: DistributedDataParallel, task: int) -> None:
+def _check_wrapper(model: Converted, wrapper: DistributedDataParallel, task: int) -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     reduced = {id(p) for bucket in wrapper.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
     left_alone = {id(p) for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore}
@@ -113,8 +108,8 @@ def _check_wrapper(model: HatModel, wrapper: DistributedDataParallel, task: int)
 
 
 @torch.no_grad()
-def agree(model: HatModel, guard: Guard) -> None:
-    """Let every rank have the same parameters and buffers, if the open task was trained through a wrapper.
+def agree(model: Converted, guard: Guard, note: Note) -> None:
+    """Let every rank have the same parameters and buffers, the open task having been trained through the wrapper noted.
 
     Buffers become those of rank 0, as in a wrapper's forward pass; anything else is the same already, or an error on
     all ranks. Every rank has to call this. Nothing changes before the last communication.
@@ -122,8 +117,7 @@ def agree(model: HatModel, guard: Guard) -> None:
     Raises:
         HatError: something is not the same on every rank that should be.
     """
-    note = model.wrapper_note
-    if note is None or not distributed.is_initialized() or note.group.size() == 1:
+    if not distributed.is_initialized() or note.group.size() == 1:
         return
     fixed, free = _fixed_and_free(model, guard)
     digests = {name: _digest(_bytes(tensor)) for name, tensor in fixed.items()}
@@ -146,17 +140,16 @@ def agree(model: HatModel, guard: Guard) -> None:
         )
     if _differing(buffers):
         _take_over(free, note)
-    model.__dict__.pop("wrapper_note")
 
 
-def _fixed_and_free(model: HatModel, guard: Guard) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _fixed_and_free(model: Converted, guard: Guard) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What must be the same on every rank, and what may be taken from rank 0: buffers that no finished task has."""
     kept = {whole.name for whole in guard.whole} | {f"{STATE}.finished_masks"}
     free = {name: buffer for name, buffer in model.named_buffers() if name not in kept}
     return {name: tensor for name, tensor in named_tensors(model) if name not in free}, free
 
 
-def _layout(model: HatModel) -> bytes:
+def _layout(model: Converted) -> bytes:
     """What decides which bytes are whose."""
     state = model.task_state
     tensors = [(name, str(t.dtype), tuple(t.shape)) for name, t in named_tensors(model)]

@@ -15,7 +15,7 @@ from hatify.weights import OriginalWeights
 
 
 @dataclass(frozen=True)
-class Converted:
+class Part:
     """A layer or raw parameter of the original: its policy, its masked features, its parameters before and after."""
 
     layer: str
@@ -26,7 +26,7 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class LayerUse:
     """How many of the features that share a mask each finished task has on, and how many no finished task has."""
 
     layer: str
@@ -35,7 +35,7 @@ class Capacity:
     free: int
 
 
-def converted(model: HatModel) -> list[Converted]:
+def parts(model: HatModel) -> list[Part]:
     """One row for each part of the original that has parameters, in the network's order."""
     original = OriginalWeights.of(model).original
     after: Counter[str] = Counter()
@@ -47,7 +47,7 @@ def converted(model: HatModel) -> list[Converted]:
         rows.setdefault(name if name in model.plan.owners else name.rpartition(".")[0] or name, []).append(name)
     masks = model.masks(0)
     return [
-        Converted(
+        Part(
             layer,
             str(entries[names[0]].policy),
             masks[layer].numel() if layer in masks else 0,
@@ -60,7 +60,7 @@ def converted(model: HatModel) -> list[Converted]:
 
 def totals(model: HatModel) -> dict[str, int | float]:
     """Parameters of the original and of the converted model, and what each task has of its own."""
-    before = sum(row.before for row in converted(model))
+    before = sum(row.before for row in parts(model))
     own = sum(t.numel() for t in owned_by_tasks(model, [0]) if isinstance(t, nn.Parameter))
     after = sum(parameter.numel() for parameter in model.parameters())
     return {
@@ -72,12 +72,12 @@ def totals(model: HatModel) -> dict[str, int | float]:
     }
 
 
-def capacity(model: HatModel) -> list[Capacity]:
+def capacity(model: HatModel) -> list[LayerUse]:
     """One row for each layer's mask; layers whose features meet have one mask, under the name of the first."""
     state = model.task_state
     taken = state.used()
     return [
-        Capacity(
+        LayerUse(
             layer,
             stop - start,
             {task: int(state.finished_masks[task, start:stop].sum()) for task in model.finished_tasks},

@@ -182,7 +182,7 @@ def describe(model: HatModel) -> dict[str, Any]:
     """What ``hatify.json`` says of a model."""
     origin = model.origin.resolved()
     assert origin.architecture is not None
-    trainable = model.task_state.trainable.names
+    trainable = model.trainable.names
     description = {
         "format": FORMAT,
         "architecture": vars(origin.architecture),
@@ -422,7 +422,7 @@ def _restore(model: HatModel, description: dict[str, Any], tensors: dict[str, Te
     never, frozen, flipped = (set(description[key]) for key in ("never_trained", "frozen", "in_other_mode"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    model.task_state.trainable.as_it_is(model, never)
+    model.trainable.as_it_is(model, never)
     model.train(description["training"])
     for name, module in model.named_modules():
         module.training = description["training"] != (name in flipped)

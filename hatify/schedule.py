@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
+from hatify.model import HatModel
 
 
 def linear(progress: float, s_max: float) -> float:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hatify.converted import Converted
 from hatify.errors import HatError
 from hatify.nn.layers import HatLayer
 from hatify.nn.per_task import PER_TASK
 from hatify.nn.state import STATE
-
-if TYPE_CHECKING:
-    from hatify.model import HatModel
 
 
 def tensor_names(model: nn.Module) -> frozenset[str]:
@@ -29,7 +27,7 @@ def layer_types(model: nn.Module) -> dict[str, type]:
     return {path: type(module) for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def check_structure(model: HatModel) -> None:
+def check_structure(model: Converted) -> None:
     """Raise a `HatError` if a parameter, buffer or layer has been wrapped, replaced or added since the conversion."""
     expected, found = model.task_state.tensor_names, tensor_names(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -61,7 +59,7 @@ def check_structure(model: HatModel) -> None:
 _SIMPLE = (bool, int, float, str, type(None))
 
 
-def settings(model: HatModel) -> dict[str, Any]:
+def settings(model: Converted) -> dict[str, Any]:
     """What decides, besides tensors, what a model computes: types of modules, their numbers and flags, and hooks."""
     found: dict[str, Any] = {
         "global_hooks": (*nn.modules.module._global_forward_hooks, *nn.modules.module._global_forward_pre_hooks)
@@ -82,7 +80,7 @@ def settings(model: HatModel) -> dict[str, Any]:
     return found
 
 
-def check_leaves(model: HatModel, inputs: Any, outputs: Any) -> None:
+def check_leaves(model: Converted, inputs: Any, outputs: Any) -> None:
     """Raise a `HatError` if a parameter that the model does not hold takes part in `outputs`, as through a hook."""
     known = {id(parameter) for parameter in model.parameters()}
     given = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]

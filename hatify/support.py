@@ -15,7 +15,7 @@ from hatify.asking import buffers_restored, in_evaluation
 from hatify.classify import CHOSEN, Classification, is_altered
 from hatify.errors import ConversionError
 from hatify.free import Free, Watching
-from hatify.labels import FIRST_RAW, ON, LabelSpace, compact
+from hatify.labels import FIRST_RAW, ON, LabelSpace, unexpanded
 from hatify.ops import Trait, operation_of
 from hatify.ops.modules import module_labels
 from hatify.ops.movement import found_to_move
@@ -203,13 +203,13 @@ class SupportInterpreter(fx.Interpreter):
         for source in self.raw.intersection(node.all_input_nodes):
             for labels in tree_leaves(self.labels.get(source)):
                 if isinstance(labels, Tensor):
-                    found = compact(labels).unique()
+                    found = unexpanded(labels).unique()
                     self.findings.seen.append(found[found >= FIRST_RAW])
 
 
 def _holds_raw(labels: Labels) -> bool:
     return any(
-        isinstance(t, Tensor) and t.numel() and bool((compact(t) >= FIRST_RAW).any()) for t in tree_leaves(labels)
+        isinstance(t, Tensor) and t.numel() and bool((unexpanded(t) >= FIRST_RAW).any()) for t in tree_leaves(labels)
     )
 
 
@@ -305,7 +305,7 @@ def only_weighing(space: LabelSpace, findings: Findings, classification: Classif
     classes = space.classes()
 
     def found(labels: Iterable[Tensor]) -> Tensor:
-        different = set().union(*(compact(one).unique().tolist() for one in labels))
+        different = set().union(*(unexpanded(one).unique().tolist() for one in labels))
         leaves = sorted(set().union(*(space.members(label) for label in different)))
         return classes.of(torch.tensor(leaves, dtype=torch.int64)).unique()
 

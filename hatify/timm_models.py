@@ -123,7 +123,7 @@ def keep_interface(model: HatModel, net: Any) -> None:
         paths = {id(m): path for path, m in net.named_modules()}
         found = net.get_classifier()
         several = isinstance(found, tuple)
-        layers = [Layer.within(model, paths.get(id(m)), m) for m in (found if several else (found,))]
+        layers = [Layer.found(model, paths.get(id(m)), m) for m in (found if several else (found,))]
         model.get_classifier = Classifier(tuple(layers), several)
 
 
@@ -135,7 +135,7 @@ class Layer:
     path: tuple[str, ...]
 
     @classmethod
-    def within(cls, model: HatModel, path: str | None, otherwise: Any) -> Layer:
+    def found(cls, model: HatModel, path: str | None, otherwise: Any) -> Layer:
         """The layer at `path` of the original; `otherwise` if the original has none there."""
         if not path:
             return cls(otherwise, ())

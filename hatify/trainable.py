@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from hatify.nn.per_task import PER_TASK
-from hatify.nn.state import STATE
-
-if TYPE_CHECKING:
-    from hatify.model import HatModel
+from hatify.nn.state import STATE, TaskState
 
 
 class Trainable:
@@ -30,45 +26,45 @@ class Trainable:
         self.switched: dict[str, bool] = {}
         self.open: int | None = None
 
-    def settle(self, model: HatModel) -> None:
+    def settle(self, model: nn.Module, state: TaskState) -> None:
         """Let gradients flow to what the open task owns; with no task open, to what unfinished tasks own."""
-        state = model.task_state
-        self._notice(model)
+        self._notice(model, state)
         self.open = state.learning
-        for parameters in _places(model):
+        for parameters in _places(model, state):
             for task, (name, parameter) in parameters.items():
                 learns = not state.finished[task] if state.learning is None else state.learning == task
                 self.switched[name] = learns and name in self.names
                 parameter.requires_grad_(self.switched[name])
 
-    def _notice(self, model: HatModel) -> None:
+    def _notice(self, model: nn.Module, state: TaskState) -> None:
         """Take note of what the user has switched."""
-        finished = model.task_state.finished
-        for parameters in _places(model):
+        for parameters in _places(model, state):
             changed = {
                 task: parameter.requires_grad
                 for task, (name, parameter) in parameters.items()
                 if self.switched.get(name, parameter.requires_grad) != parameter.requires_grad
             }
             for task, takes in changed.items():
-                alike = [t for t, done in enumerate(finished) if not done and t not in changed and t in parameters]
+                alike = [
+                    t for t, done in enumerate(state.finished) if not done and t not in changed and t in parameters
+                ]
                 names = {parameters[t][0] for t in ([task] if self.open is None else [task, *alike])}
                 self.names = self.names | names if takes else self.names - names
 
-    def as_it_is(self, model: HatModel, never: set[str]) -> None:
+    def as_it_is(self, model: nn.Module, never: set[str]) -> None:
         """Take the current switches for granted; the parameters in `never` are frozen for good."""
         parameters = dict(model.named_parameters())
         self.names = set(parameters.keys() - never)
         self.switched = {name: p.requires_grad for name, p in parameters.items()}
 
 
-def _places(model: HatModel) -> Iterator[dict[int, tuple[str, nn.Parameter]]]:
+def _places(model: nn.Module, state: TaskState) -> Iterator[dict[int, tuple[str, nn.Parameter]]]:
     """For each parameter of which every task has its own: {task: (name, parameter)}."""
     names = {id(p): name for name, p in model.named_parameters()}
     holders: list[tuple[str, nn.Module]] = [
         (path, module) for path, module in model.named_modules() if isinstance(module, PER_TASK)
     ]
-    holders.append((f"{STATE}.embeddings", model.task_state.embeddings))
+    holders.append((f"{STATE}.embeddings", state.embeddings))
     places: dict[str, dict[int, tuple[str, nn.Parameter]]] = {}
     for prefix, holder in holders:
         for rest, parameter in holder.named_parameters():

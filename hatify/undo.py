@@ -6,12 +6,10 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
+from hatify.converted import Converted
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -32,7 +30,7 @@ def surroundings_kept() -> Iterator[None]:
 
 
 @contextmanager
-def all_or_nothing(model: HatModel) -> Iterator[None]:
+def all_or_nothing(model: Converted) -> Iterator[None]:
     """Undo what happens to a model within the context if that is interrupted, by an error or Ctrl-C.
 
     Put back are modules, parameters and buffers as objects, attributes, modes, gradients, which task answers, and the
@@ -41,11 +39,11 @@ def all_or_nothing(model: HatModel) -> Iterator[None]:
     state = model.task_state
     held = [
         (vars(module), dict(vars(module)), [(v, copy.copy(v)) for v in vars(module).values() if type(v) in _CONTAINERS])
-        for module in (*model.modules(), state.trainable)
+        for module in (*model.modules(), model.trainable)
     ]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     values = [(buffer, buffer.clone()) for buffer in state.buffers()]
-    choose_as_before, standing = state.choice.remembered(), model.standing
+    choose_as_before, standing = state.choice.restorer(), model.standing
     try:
         with surroundings_kept():
             yield

@@ -77,7 +77,7 @@ def unguarded_copy(model: HatModel) -> HatModel:
     twin = copy.deepcopy(model)
     for watcher in twin.standing:
         watcher.disarm()
-    twin.__dict__.update(guard=None, _open=None)
+    twin.__dict__.update(guard=None, opened=None)
     return twin
 
 

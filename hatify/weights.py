@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from hatify.converted import Converted
 from hatify.errors import CheckpointError, TaskError
 from hatify.nn.per_task import PER_TASK
 from hatify.nn.state import STATE, TaskState
 from hatify.policy import Policy
 
-if TYPE_CHECKING:
-    from hatify.model import HatModel
 
-
-def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix: str) -> None:
+def refuse_plain_weights(model: Converted, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Keep ``load_state_dict`` from overwriting what tasks have learned with weights of the original.
 
     Raises:
@@ -38,7 +36,7 @@ def refuse_plain_weights(model: HatModel, state_dict: Mapping[str, Any], prefix:
         )
 
 
-def refuse_parts(model: HatModel, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
+def refuse_parts(model: Converted, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> None:
     """Keep ``load_state_dict`` from loading a part of what tasks have learned: all of it, or nothing, fits together.
 
     Raises:
@@ -78,7 +76,7 @@ def _check_progress(progress: Any, masks: Tensor) -> None:
         )
 
 
-def load_plain_state_dict(model: HatModel, state_dict: Mapping[str, Tensor]) -> None:
+def load_plain_state_dict(model: Converted, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights of the original network onto a model that has learned nothing yet.
 
     Weights that every task has its own of are loaded onto the copy of each task. Heads that were converted with
@@ -147,7 +145,7 @@ class OriginalWeights:
     state: TaskState
 
     @classmethod
-    def of(cls, model: HatModel) -> OriginalWeights:
+    def of(cls, model: Converted) -> OriginalWeights:
         """For a given model."""
         modules = model.named_modules(remove_duplicate=False)
         return cls(frozenset(path for path, m in modules if isinstance(m, PER_TASK)), model.task_state)
@@ -177,7 +175,7 @@ class OriginalWeights:
         return next((place for place in ancestors if place in self.per_task), None)
 
 
-def _fresh_heads(model: HatModel) -> tuple[str, ...]:
+def _fresh_heads(model: Converted) -> tuple[str, ...]:
     """Prefixes of the output layers that were made afresh, each with a number of classes of its own."""
     if model.origin.arguments["num_classes"] is None:
         return ()

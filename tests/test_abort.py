@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import gc
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import hatify
 from hatify import HatWarning, TaskError
@@ -233,3 +235,32 @@ def test_numbers_that_are_not_finite_and_exceptions():
 def test_there_must_be_something_to_abort():
     with pytest.raises(TaskError, match="needs an open task"):
         converted().abort_task()
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def bytes_alive():
+    """Of all floating-point tensors there are, shared memory counted once."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.is_floating_point()]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+@pytest.mark.parametrize("on", [0.3, 0.7, 0.97])
+def test_of_everything_one_copy_is_held_while_a_task_is_open_and_of_what_is_owned_between_tasks(on):
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64, 4))
+    model = hatify.hatify(net, 2, (torch.zeros(2, 3, 5, 5),))
+    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    few = 64 * 1024 // 8  # what is known of features
+    before = bytes_alive()
+    model.begin_task(0)
+    assert bytes_alive() - before < own + few
+    slots = torch.arange(model.task_state.num_slots)
+    with torch.no_grad():
+        model.task_state.embeddings[0].copy_(torch.where(slots % 100 < 100 * on, 1.0, -1.0))
+    model.end_task()
+    model.guard_anew(built=True)
+    assert bytes_alive() - before < (own + few if on > 0.9 else 2 * on**2 * own + few)
+    model.begin_task(1)
+    assert bytes_alive() - before < own + few

@@ -16,10 +16,10 @@ from hatify.labels import (
     ON,
     ZERO,
     LabelSpace,
-    compact,
     condensed_pair,
     connected_components,
     is_leaf,
+    unexpanded,
     varying_dims,
 )
 
@@ -289,7 +289,7 @@ def test_runs_are_found_and_undone(source: random.Random) -> None:
 @given(operands([ZERO, ON, 2, 3], 1))
 def test_compact_labels_expand_to_the_original(labels: list[Tensor]) -> None:
     (original,) = labels
-    small = compact(original)
+    small = unexpanded(original)
     assert torch.equal(small.expand(original.shape), original)
     for d, n in enumerate(original.shape):
         constant = all(torch.equal(original.select(d, 0), original.select(d, i)) for i in range(n))

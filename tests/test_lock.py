@@ -375,15 +375,6 @@ def test_weight_decay_does_move_locked_weights_where_nothing_guards_them():
 # Steps that leave locked entries alone ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def restored(monkeypatch):
-    """Names of the parameters that were put back, in order."""
-    names = []
-    restore = PartlyOwned.restore
-    monkeypatch.setattr(PartlyOwned, "restore", lambda self: (names.append(self.name), restore(self))[1])
-    return names
-
-
 STILL = [
     pytest.param(lambda p: optim.SGD(p, lr=0.1, momentum=0.9), id="SGD"),
     pytest.param(lambda p: optim.Adam(p, lr=0.1, amsgrad=True), id="Adam"),
@@ -399,24 +390,38 @@ def step_of(model, optimizer, task=1, step=0):
 
 
 @pytest.mark.parametrize("make", STILL)
-def test_nothing_is_put_back_after_steps_that_moved_nothing_locked(make, restored):
+def test_a_single_write_through_data_is_put_back_by_the_next_step(make):
+    # It leaves no trace: neither in a version nor in the entries that somebody might look at.
     model, expected = opened_model()
     optimizer = make(model.parameters())
-    step_of(model, optimizer)  # what the optimizer remembers is made here
-    del restored[:]
-    for step in range(3):
-        step_of(model, optimizer, step=step)
-        assert torch.equal(outputs(model, 0), expected)
-    assert restored == []
-    model.end_task()
+    step_of(model, optimizer)
+    for p in model.guard.partial:
+        before = p.parameter.detach().clone()
+        for index in p.lock.nonzero():
+            with torch.no_grad():
+                p.parameter.data[tuple(index)] += 1
+            step_of(model, optimizer)
+            assert torch.equal(p.parameter[p.lock], before[p.lock])
     assert torch.equal(outputs(model, 0), expected)
-    verify_isolation(model)
 
 
-@pytest.mark.parametrize("most", [0.0, 1.0], ids=["free runs set aside", "locked runs written"])
+def test_writes_through_data_to_what_a_finished_task_has_for_itself_are_put_back_by_the_next_step():
+    model, expected = opened_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    step_of(model, optimizer)
+    for w in model.guard.whole:
+        if isinstance(w.parameter, nn.Parameter) and w.parameter.numel() > 1:
+            before = w.parameter.detach().clone()
+            w.parameter.data[-1] += 1
+            step_of(model, optimizer)
+            assert torch.equal(w.parameter, before)
+    assert torch.equal(outputs(model, 0), expected)
+
+
+@pytest.mark.parametrize("few", [0.0, 1.0], ids=["locked runs written", "free runs set aside"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(most, decay, monkeypatch):
-    monkeypatch.setattr("hatify.lock.entries.MOST", most)
+def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(few, decay, monkeypatch):
+    monkeypatch.setattr("hatify.lock.entries.FEW", few)
     model, expected = opened_model()
     before = model.get_parameter("conv.weight").detach().clone()
     (lock,) = [p.lock.expand(p.parameter.shape) for p in model.guard.partial if p.name == "conv.weight"]
@@ -427,6 +432,44 @@ def test_either_way_of_reaching_locked_runs_keeps_them_and_frees_the_others(most
         assert torch.equal(weight[lock], before[lock]) and (weight.grad[lock] == 0).all()
         assert torch.equal(outputs(model, 0), expected)
     assert (weight[~lock] != before[~lock]).any() and (weight.grad[~lock] != 0).any()
+
+
+LOCKS = {
+    "rows of a matrix": ((6, 5), torch.tensor([True, False, True, False, False, True]).view(6, 1)),
+    "columns of a matrix": ((6, 5), torch.tensor([True, False, True, True, True])),
+    "entries of a matrix": ((4, 3), torch.eye(4, 3, dtype=torch.bool)),
+    "nearly all entries": ((4, 3), torch.arange(12).view(4, 3) != 5),
+    "kernels": ((4, 3, 2, 2), torch.eye(4, 3, dtype=torch.bool).view(4, 3, 1, 1)),
+    "nearly all kernels": ((4, 3, 2, 2), torch.arange(12).view(4, 3, 1, 1) != 5),
+    "places of a table": ((2, 3, 4), torch.tensor([True, False, True]).view(1, 3, 1)),
+    "a vector": ((5,), torch.tensor([True, False, True, False, False])),
+}
+
+
+@pytest.mark.parametrize("with_free", [True, False], ids=["and what is free", "what is locked alone"])
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("name", LOCKS)
+def test_locked_entries_are_put_back_zeroed_and_counted_and_no_others(name, contiguous, with_free):
+    shape, lock = LOCKS[name]
+    lock = lock.expand(shape)
+    value = torch.randn(shape)
+    own = value.clone() if contiguous else value.transpose(0, -1).contiguous().clone().transpose(0, -1)
+    parameter = nn.Parameter(own)
+    owned = PartlyOwned("weight", parameter, value.clone(), lock, with_free)
+    with torch.no_grad():
+        assert owned.changed() == 0
+        parameter.fill_(torch.nan)
+        assert owned.changed() == lock.sum()
+        owned.restore()
+        assert owned.changed() == 0
+        assert torch.equal(parameter[lock], value[lock]) and parameter[~lock].isnan().all()
+        gradient = torch.full_like(parameter, torch.inf)
+        owned.zero(gradient)
+        assert torch.equal(gradient, torch.where(lock, 0.0, torch.inf))
+        owned.zero(gradient.transpose(0, -1).contiguous().transpose(0, -1))
+        assert torch.equal(owned.saved[lock], value[lock])
+        if with_free:
+            assert torch.equal(owned.saved, value)
 
 
 @pytest.mark.parametrize("make", STILL)

@@ -731,7 +731,7 @@ def test_free_entries_that_are_huge_are_refused(model: HatModel) -> None:
 def test_rounding_that_differs_from_begin_to_end_is_no_fault(model: HatModel) -> None:
     model.begin_task(2)
     for task in (0, 1):  # as other kernels would have answered
-        model._known_answers.of[task] = [y + 1e-7 for y in model._known_answers.of[task]]
+        model.known_answers.of[task] = [y + 1e-7 for y in model.known_answers.of[task]]
     model.end_task()
     assert model.finished_tasks == (0, 1, 2)
 

@@ -15,7 +15,7 @@ from hatify.classify import Classification
 from hatify.extract.baking import MaskedNorm, layer_family, mask_dim
 from hatify.extract.plain import MASK
 from hatify.free import Free
-from hatify.labels import ON, ZERO, LabelSpace, compact
+from hatify.labels import ON, ZERO, LabelSpace, unexpanded
 from hatify.nn.norms import FEATURE_DIMS, is_known, keeps_features_apart
 from hatify.ops import OPERATIONS, Call, Findings, Labels, constant_labels, operation_of
 from hatify.ops.movement import found_to_move, moved
@@ -102,7 +102,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def may_be_nonzero(labels: Tensor, dim: int) -> Tensor:
     """At which indices along `dim` some element may be non-zero, bool, shape (size,)."""
-    small = compact(labels) != ZERO
+    small = unexpanded(labels) != ZERO
     return any_but(small, dim % labels.ndim).expand(labels.shape[dim])
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hatify.nn.per_task import PER_TASK, owned_by
-
-if TYPE_CHECKING:
-    from hatify.model import HatModel
-    from hatify.slots import Use
+from hatify.nn.state import TaskState
+from hatify.slots import Use
 
 
 def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Tensor:
@@ -41,97 +38,116 @@ def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Ten
     return locked.expand(shape)
 
 
-#: From this share of locked runs on, it is faster to set the free ones aside.
-MOST = 7 / 8
+#: Up to this share of free runs, it is faster to set those aside and copy all than to write the locked ones.
+FEW = 1 / 5
+#: Entries that come one by one are reached by their numbers up to this share: a number takes more memory than an entry.
+SINGLE = 2 / 5
 
 
 class PartlyOwned:
-    """A parameter some of whose entries are locked.
+    """A parameter some of whose entries are locked, and what it held.
 
-    Where locked entries come in runs, as the kernels of a convolution do, they are reached by the numbers of the runs,
-    which moves far less memory than a mask over all entries; where nearly all are locked, by those of the free ones.
-    No way can be fooled by values that are not finite.
+    Locked entries come in runs, such as the kernels of a convolution, or whole rows. They are reached by the numbers of
+    their runs, or, where nearly all are locked, by those of the free ones: that moves less memory than a mask over all
+    entries does (benchmarks/putting_back.py). No way can be fooled by values that are not finite.
 
     Args:
         name: the parameter's name.
         parameter: the parameter.
-        saved: its values when the task was opened.
+        saved: what it holds that is to stay.
         lock: bool, of the parameter's shape; True for locked entries.
+        with_free: keep what free entries hold, too.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, saved: Tensor, lock: Tensor) -> None:
-        self.name, self.parameter, self.saved = name, parameter, saved
-        self.kernel = parameter.shape[2:].numel() if parameter.ndim > 2 else 1
-        self.lock = lock
-        per_kernel = self.kernel > 1 and all(stride == 0 for stride in lock.stride()[2:]) and parameter.is_contiguous()
-        kernels = lock.reshape(-1, self.kernel)[:, 0] if per_kernel else None
-        self.runs = None if kernels is None else kernels.nonzero().squeeze(1)
-        #: The runs that are free, if these are few.
-        self.free: Tensor | None = None
-        if kernels is not None and self.runs is not None and len(self.runs) > MOST * len(kernels):
-            self.free = (~kernels).nonzero().squeeze(1)
-        self.sample = some_of(lock)
-        self.saved_sample = saved.take(self.sample)
+    def __init__(self, name: str, parameter: nn.Parameter, saved: Tensor, lock: Tensor, with_free: bool) -> None:
+        self.name, self.parameter, self.lock = name, parameter, lock
+        self.run = _length_of_runs(lock)
+        is_locked = self._runs_locked()
+        locked, free = (chosen.nonzero().squeeze(1) for chosen in (is_locked, ~is_locked))
+        by_numbers, few = parameter.is_contiguous(), len(free) <= FEW * len(is_locked)
+        #: The numbers of the free runs, or of the locked ones, if that is how these are reached.
+        self.free = free if by_numbers and few else None
+        self.locked = (
+            locked if by_numbers and not few and (self.run > 1 or len(locked) <= SINGLE * len(is_locked)) else None
+        )
+        #: What the locked runs held, or all of the parameter; and what the free ones held, if it is kept apart.
+        self._kept = saved if self.locked is None else saved.reshape(-1, self.run)[self.locked]
+        self._free = saved.reshape(-1, self.run)[free] if self.locked is not None and with_free else None
+
+    def _runs_locked(self) -> Tensor:
+        return self.lock.reshape(-1, self.run)[:, 0]
+
+    @property
+    def saved(self) -> Tensor:
+        """What the parameter held; where that of free entries is not kept, what they hold."""
+        if self.locked is None:
+            return self._kept
+        is_locked = self._runs_locked()
+        of_free = self.parameter.detach().reshape(-1, self.run)[~is_locked] if self._free is None else self._free
+        runs = self._kept.new_empty(len(is_locked), self.run)
+        runs[is_locked], runs[~is_locked] = self._kept, of_free
+        return runs.view(self.lock.shape)
 
     def restore(self) -> None:
         """Put the locked entries back."""
-        if self.runs is None:
-            torch.where(self.lock, self.saved, self.parameter, out=self.parameter)
-        else:
-            self._write(self.parameter, self.saved)
-
-    def is_restored_in(self, tensor: Tensor) -> bool:
-        """Whether the locked entries of `tensor` are what was saved."""
-        if self.runs is None or not tensor.is_contiguous():
-            return torch.equal(torch.where(self.lock, tensor, self.saved), self.saved)
-        now, then = (t.view(-1, self.kernel)[self.runs] for t in (tensor, self.saved))
-        return torch.equal(now, then)
+        self._write(self.parameter, self._kept)
 
     def zero(self, tensor: Tensor) -> None:
         """Zero the locked entries of a tensor of the parameter's shape."""
-        if self.runs is not None and tensor.is_contiguous():
-            self._write(tensor, None)
-        else:
+        self._write(tensor, None)
+
+    def _write(self, tensor: Tensor, kept: Tensor | None) -> None:
+        """Write what was kept, or zeros, into the locked entries of `tensor`."""
+        if self.locked is not None and tensor.is_contiguous():
+            runs = tensor.view(-1, self.run)
+            runs.index_fill_(0, self.locked, 0) if kept is None else runs.index_copy_(0, self.locked, kept)
+        elif self.free is not None and tensor.is_contiguous():
+            runs = tensor.view(-1, self.run)
+            aside = runs[self.free]
+            tensor.zero_() if kept is None else tensor.copy_(kept)
+            runs.index_copy_(0, self.free, aside)
+        elif kept is None:
             tensor.masked_fill_(self.lock, 0)
-
-    def _write(self, tensor: Tensor, values: Tensor | None) -> None:
-        """Write the locked runs of `values`, or zeros, into `tensor`."""
-        assert self.runs is not None
-        to, source = tensor.view(-1, self.kernel), None if values is None else values.view(-1, self.kernel)
-        if self.free is not None:
-            kept = to[self.free]
-            (to.zero_() if source is None else to.copy_(source)).index_copy_(0, self.free, kept)
-        elif source is None:
-            to.index_fill_(0, self.runs, 0)
         else:
-            to.index_copy_(0, self.runs, source[self.runs])
+            torch.where(self.lock, self.saved, tensor, out=tensor)
+
+    def changed(self) -> int:
+        """How many locked entries are not what they were."""
+        if self.locked is None or not self.parameter.is_contiguous():
+            return int(((self.parameter != self.saved) & self.lock).sum())
+        return int((self.parameter.view(-1, self.run)[self.locked] != self._kept).sum())
 
 
-def some_of(lock: Tensor, count: int = 512) -> Tensor:
-    """The flat indices of up to `count` entries that are locked, in different rows."""
-    rows = lock.reshape(lock.shape[0], -1)
-    chosen = rows.any(1).nonzero().squeeze(1)
-    chosen = chosen[:: max(1, len(chosen) // count)]
-    return chosen * rows.shape[1] + rows[chosen].to(torch.uint8).argmax(1)
+def _length_of_runs(lock: Tensor) -> int:
+    """How many entries that lie side by side are locked together: those along which `lock` was expanded."""
+    length = 1
+    for size, stride in zip(reversed(lock.shape), reversed(lock.stride()), strict=True):
+        if size > 1 and stride:
+            break
+        length *= size
+    return length
 
 
-@dataclass
+def first_of(lock: Tensor) -> int:
+    """The flat index of an entry that is locked."""
+    return int(lock.reshape(-1).to(torch.uint8).argmax())
+
+
+@dataclass(frozen=True)
 class WhollyOwned:
     """A tensor that belongs to finished tasks as a whole."""
 
     name: str
     parameter: Tensor
     saved: Tensor
-    version: int
 
     def restore(self) -> None:
         """Put the values back."""
         self.parameter.copy_(self.saved)
-        self.version = self.parameter._version
 
-    def is_restored_in(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is what was saved."""
-        return torch.equal(tensor, self.saved)
+    def changed(self) -> int:
+        """How many entries are not what they were."""
+        return int((self.parameter != self.saved).sum())
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -140,9 +156,10 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def owned_by_tasks(model: HatModel, tasks: Iterable[int]) -> list[Tensor]:
+def owned_by_tasks(model: nn.Module, tasks: Iterable[int]) -> list[Tensor]:
     """Every tensor of which each of `tasks` has its own, the embeddings included."""
     modules = [m for m in model.modules() if isinstance(m, PER_TASK)]
     owned = {id(t): t for task in tasks for m in modules for t in owned_by(m, task)}
-    owned |= {id(e): e for task in tasks for e in [model.task_state.embeddings[task]]}
+    states = [m for m in model.modules() if isinstance(m, TaskState)]
+    owned |= {id(e): e for task in tasks for state in states for e in [state.embeddings[task]]}
     return list(owned.values())

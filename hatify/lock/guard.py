@@ -15,23 +15,21 @@ twice. Until then, writing to what finished tasks own is an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hatify.errors import HatError, listed
-from hatify.labels import compact
-from hatify.lock.entries import PartlyOwned, WhollyOwned, locked_entries, named_tensors, owned_by_tasks, some_of
+from hatify.labels import unexpanded
+from hatify.lock.entries import PartlyOwned, WhollyOwned, first_of, locked_entries, named_tensors, owned_by_tasks
 from hatify.lock.policy import Hard, LockPolicy
 from hatify.lock.watch import unwatch, watch
-from hatify.nn.state import STATE
+from hatify.nn.state import STATE, TaskState
+from hatify.slots import Use
 from hatify.stamps import Samples, Stamps, can_be_looked_at, entry
-
-if TYPE_CHECKING:
-    from hatify.model import HatModel
 
 
 class Guard:
@@ -39,6 +37,9 @@ class Guard:
 
     Args:
         model: the model.
+        state: the state of its tasks.
+        uses: how the entries of each parameter that tasks share connect features.
+        constants: buffers that never change.
         task: the task that is open, or None.
         saved: the values to return to, by name; None: the current ones.
         tensors: the tensors to protect, by name; None: those of the model.
@@ -46,23 +47,27 @@ class Guard:
 
     def __init__(
         self,
-        model: HatModel,
+        model: nn.Module,
+        state: TaskState,
+        uses: Mapping[str, list[Use]],
+        constants: Iterable[str],
         task: int | None = None,
-        saved: dict[str, Tensor] | None = None,
+        saved: Mapping[str, Tensor] | None = None,
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
-        state = model.task_state
         self.task = task
         self.policy: LockPolicy = Hard()
         self.tensors = dict(named_tensors(model)) if tensors is None else tensors
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.finished = {t: state.finished_masks[t].clone() for t in others}
         self.masks = state.finished_masks[others]
-        self.uses = {name: uses for name, uses in model.uses.items() if others and name in self.tensors}
+        self.uses = {name: of for name, of in uses.items() if others and name in self.tensors}
         owned = {id(t) for t in owned_by_tasks(model, others)} if others else set()
-        kept = {*model.constants, f"{STATE}.finished_masks"} if others else set()
+        kept = {*constants, f"{STATE}.finished_masks"} if others else set()
         self.owned = [name for name, t in self.tensors.items() if id(t) in owned or name in kept]
-        self.saved: dict[str, Tensor] | None = saved
+        #: Until there is a copy: what it is to be made of.
+        self._given = saved
+        self._kept: dict[str, Tensor | PartlyOwned] = {}
         #: Whether an optimizer has been met that writes to weights when it is told to ``train()`` or ``eval()``.
         self.swapping = False
         self.partial: list[PartlyOwned] = []
@@ -72,8 +77,6 @@ class Guard:
         self._samples: Samples | None = None
         self._handles: list[Any] = []
         if task is not None:
-            if saved is None:
-                self.saved = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
             self.build()
         weakref.finalize(self, _remove_all, self._handles)
         self.arm()
@@ -89,19 +92,35 @@ class Guard:
         if self.is_built:
             return
         self._refuse_changes()
-        saved = self.saved
-        if saved is None:
-            saved = {name: self.tensors[name].detach().clone() for name in (*self.uses, *self.owned)}
+        given = self._given
         partial: list[PartlyOwned] = []
-        whole = [WhollyOwned(name, t, saved[name], t._version) for name in self.owned for t in [self.tensors[name]]]
+        whole: list[WhollyOwned] = []
+
+        def value(name: str) -> Tensor:
+            return self.tensors[name].detach().clone() if given is None else given[name]
+
         for name, parameter, lock in self._locks():
-            if compact(lock).all():
-                whole.append(WhollyOwned(name, parameter, saved[name], parameter._version))
-            elif compact(lock).any():
+            if unexpanded(lock).all():
+                whole.append(WhollyOwned(name, parameter, value(name)))
+            elif unexpanded(lock).any():
                 assert isinstance(parameter, nn.Parameter)
-                partial.append(PartlyOwned(name, parameter, saved[name], lock))
-        self.saved, self.partial, self.whole = saved, partial, whole
+                partial.append(PartlyOwned(name, parameter, value(name), lock, with_free=self.task is not None))
+        whole += [WhollyOwned(name, self.tensors[name], value(name)) for name in self.owned]
+        kept: dict[str, Tensor | PartlyOwned] = {w.name: w.saved for w in whole}
+        kept |= {p.name: p for p in partial}
+        if self.task is not None:
+            kept |= {name: value(name) for name in (self.tensors if given is None else given) if name not in kept}
+        self._kept, self._given, self.partial, self.whole = kept, None, partial, whole
         self._stamps, self._samples = self._stamped(), None
+
+    def saved(self, name: str) -> Tensor | None:
+        """What a tensor held that is to stay, or to be returned to; None if nothing is kept of it."""
+        kept = self._kept.get(name)
+        return kept.saved if isinstance(kept, PartlyOwned) else kept
+
+    def all_saved(self) -> dict[str, Tensor]:
+        """`saved` of everything of which something is kept, by name."""
+        return {name: kept.saved if isinstance(kept, PartlyOwned) else kept for name, kept in self._kept.items()}
 
     def _locks(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each parameter that tasks share, and which of its entries are locked."""
@@ -110,11 +129,11 @@ class Guard:
             yield name, parameter, locked_entries(uses, self.masks, parameter.shape)
 
     @torch.no_grad()
-    def watch(self) -> None:
+    def sample(self) -> None:
         """Without a copy, notice at least if something writes to what finished tasks own."""
         if not self.is_built:
             places = [(name, self.tensors[name], 0) for name in self.owned]
-            places += [(name, p, int(some_of(lock)[0])) for name, p, lock in self._locks() if compact(lock).any()]
+            places += [(name, p, first_of(lock)) for name, p, lock in self._locks() if unexpanded(lock).any()]
             self._samples = Samples(
                 (name, t, i) for name, t, i in places if t.numel() and not t.is_meta and not t.is_inference()
             )
@@ -129,7 +148,7 @@ class Guard:
             )
 
     def _stamped(self) -> Stamps:
-        probes = [entry(p.parameter, int(p.sample[0])) for p in self.partial]
+        probes = [entry(p.parameter, first_of(p.lock)) for p in self.partial]
         whole = [w.parameter for w in self.whole if w.parameter.is_floating_point()]
         probes += [entry(t, 0) for t in whole if t.numel() and not t.is_meta]
         held = [p.parameter for p in self.partial] + [w.parameter for w in self.whole]
@@ -172,7 +191,7 @@ class Guard:
                 tensor.grad = None
 
     @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer, decay: Mapping[int, float]) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, held: Container[int]) -> None:
         """Put back the locked entries of what `optimizer` updates.
 
         Nothing else is touched: with one optimizer per parameter, stepped during the backward pass, that pass still
@@ -180,11 +199,11 @@ class Guard:
         """
         if self._stamps is None:
             return
-        self.policy.after_step([p for p in self.partial if id(p.parameter) in decay], optimizer, decay)
-        for w in self.whole:
-            if id(w.parameter) in decay and w.parameter._version != w.version:
-                w.restore()
-        self._stamps.renew(decay)
+        self.policy.after_step([p for p in self.partial if id(p.parameter) in held])
+        whole = [w for w in self.whole if id(w.parameter) in held]
+        if whole:
+            torch._foreach_copy_([w.parameter for w in whole], [w.saved for w in whole])
+        self._stamps.renew(held)
         self.swapping |= callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
     def check(self, training: bool) -> None:
@@ -206,22 +225,20 @@ class Guard:
         if self._stamps is None:
             self._refuse_changes()
             return {}
-        every = torch.ones((), dtype=torch.bool)
         found = {}
         records: list[PartlyOwned | WhollyOwned] = [*self.partial, *self.whole]
         for record in records:
-            if not record.parameter.is_meta and not record.is_restored_in(record.parameter):
-                lock = record.lock if isinstance(record, PartlyOwned) else every
-                found[record.name] = int(((record.parameter != record.saved) & lock.to(record.saved.device)).sum())
+            if not record.parameter.is_meta and (count := record.changed()):
+                found[record.name] = count
                 record.restore()
         self._stamps = self._stamped()
-        return {name: count for name, count in found.items() if count}
+        return found
 
-    def is_of(self, model: HatModel) -> bool:
+    def is_of(self, model: nn.Module) -> bool:
         """Whether the tensors of `model` still are the objects that are protected here."""
         return all(self.tensors.get(name, tensor) is tensor for name, tensor in named_tensors(model))
 
-    def check_fit(self, model: HatModel) -> None:
+    def check_fit(self, model: nn.Module) -> None:
         """Raise a `HatError` unless objects that have taken the place of what is protected can be put right.
 
         Without a copy to put right from, they have to hold what the others held where that is looked at.
@@ -237,9 +254,8 @@ class Guard:
             self.tensors = {**self.tensors, **dict(named_tensors(model))}
             self._samples.look_at(self.tensors)
 
-    def is_for(self, model: HatModel) -> bool:
-        """Whether this guards what `model` has finished and learns, which loading may have changed."""
-        state = model.task_state
+    def is_for(self, state: TaskState) -> bool:
+        """Whether this guards what is finished and being learned by `state`, which loading may have changed."""
         finished = [t for t, done in enumerate(state.finished) if done and t != self.task]
         same = state.learning == self.task and finished == list(self.finished)
         return same and all(torch.equal(state.finished_masks[t], mask) for t, mask in self.finished.items())

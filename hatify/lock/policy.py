@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from hatify.lock.entries import PartlyOwned
-from hatify.lock.still import Still
 
 
 class LockPolicy(ABC):
@@ -27,16 +25,8 @@ class LockPolicy(ABC):
         """Change ``parameter.grad``, which has just been accumulated, in place."""
 
     @abstractmethod
-    def after_step(
-        self, owned: Sequence[PartlyOwned], optimizer: torch.optim.Optimizer, decay: Mapping[int, float]
-    ) -> None:
-        """Put right what a step of `optimizer` has done to the parameters `owned`.
-
-        Args:
-            owned: those that it updates.
-            optimizer: the optimizer.
-            decay: the weight decay of each parameter, by identity.
-        """
+    def after_step(self, owned: Sequence[PartlyOwned]) -> None:
+        """Put right what a step has done to the parameters `owned`, which it updates."""
 
 
 class Hard(LockPolicy):
@@ -44,17 +34,10 @@ class Hard(LockPolicy):
 
     exact = True
 
-    def __init__(self) -> None:
-        self._still = Still()
-
     def limit_gradient(self, owned: PartlyOwned, parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        if gradient is not None and not gradient.is_sparse:
-            owned.zero(gradient)
-            self._still.note_masked(owned, gradient)
+        if parameter.grad is not None and not parameter.grad.is_sparse:
+            owned.zero(parameter.grad)
 
-    def after_step(
-        self, owned: Sequence[PartlyOwned], optimizer: torch.optim.Optimizer, decay: Mapping[int, float]
-    ) -> None:
-        for parameter in self._still.moved(owned, optimizer, decay):
+    def after_step(self, owned: Sequence[PartlyOwned]) -> None:
+        for parameter in owned:
             parameter.restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from functools import cache
 from typing import Any, Protocol
 
@@ -17,8 +17,8 @@ class Watcher(Protocol):
     def before_step(self, held: Container[int]) -> None:
         """Parameters with the identities `held` are going to be updated."""
 
-    def after_step(self, optimizer: torch.optim.Optimizer, decay: Mapping[int, float]) -> None:
-        """They have been, by `optimizer`; `decay` has the weight decay of each, by identity."""
+    def after_step(self, optimizer: torch.optim.Optimizer, held: Container[int]) -> None:
+        """They have been, by `optimizer`."""
 
 
 #: Those who watch: the guard of every model with finished tasks or an open one, and every open task.
@@ -48,12 +48,14 @@ def _watch_optimizers() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for watcher in list(STANDING):
-        watcher.before_step(held)
+        watcher.before_step(_held(optimizer))
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    decay = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
     for watcher in list(STANDING):
-        watcher.after_step(optimizer, decay)
+        watcher.after_step(optimizer, _held(optimizer))
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -43,7 +43,7 @@ class Choice:
         if within is not None and id(self) in within:
             _WITHIN.set({**within, id(self): self._default})
 
-    def remembered(self) -> Callable[[], None]:
+    def restorer(self) -> Callable[[], None]:
         """What puts back the choice as it is here and now."""
         default, within = self._default, _WITHIN.get()
 

@@ -56,7 +56,7 @@ def _are_in(states: list[State], parameters: list[nn.Parameter]) -> bool:
     )
 
 
-def forget(network: nn.Module) -> None:
+def release(network: nn.Module) -> None:
     """Free what is remembered for the modules of `network`."""
     for module in network.modules():
         _REMEMBERED.pop(module, None)

@@ -15,7 +15,6 @@ from hatify.nn.folding import can_be_remembered
 
 if TYPE_CHECKING:
     from hatify.slots import Layout
-    from hatify.trainable import Trainable
 
 
 #: The one name in the converted network that is hatify's own.
@@ -38,13 +37,11 @@ class TaskState(nn.Module):
         task_before: the task that was set when it was opened.
         tensor_names: of every parameter and buffer of the model.
         layer_types: of the layers that conversion has replaced, by path.
-        trainable: which parameters take gradients when their task is open.
     """
 
     finished_masks: Tensor
     scale: Tensor
     layer: Tensor
-    trainable: Trainable
 
     def __init__(
         self,

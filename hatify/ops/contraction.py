@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hatify.axes import Axes
-from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
+from hatify.labels import ON, ZERO, is_leaf, unexpanded, varying_dims
 from hatify.nn.connection import Connection
 from hatify.ops import resize
 from hatify.ops.registry import AsLayer, Call, Labels, op, sources
@@ -85,7 +85,7 @@ def _product(call: Call, a: Tensor, b: Tensor, *operands: fx.Node) -> Tensor:
         call.space.meet(queries, keys)
     shape = call.out.shape
     rows = torch.tensor(ON) if contracted_a else a[..., :1]
-    columns = _agreed(compact(b)) if contracted_b else b[..., :1, :]
+    columns = _agreed(unexpanded(b)) if contracted_b else b[..., :1, :]
     kept, other = (rows, columns) if _width(rows) > _width(columns) else (columns, rows)
     call.findings.weighing.append(torch.where(is_leaf(kept), other, ON))
     if is_leaf(kept).any() and is_leaf(other).any():
@@ -137,7 +137,7 @@ def matrix_and_vector(call: Call) -> Labels:
 
 def _width(labels: Tensor) -> int:
     """How many different features there are."""
-    return int(is_leaf(compact(labels).unique()).sum())
+    return int(is_leaf(unexpanded(labels).unique()).sum())
 
 
 def _agreed(b: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def _agreed(b: Tensor) -> Tensor:
 
 
 @op(F.fold, nn.Fold)
-def fold(call: Call) -> Labels:
+def patches_summed(call: Call) -> Labels:
     """Overlapping patches of a channel are summed: (B, C · k², L) to (B, C, H, W)."""
     labels: Tensor = call.label(0)
     patches = labels.reshape(*call.out.shape[:-2], -1, labels.shape[-1])
@@ -227,7 +227,7 @@ def einsum(call: Call) -> Labels:
             order = sorted((n for n in names if n in output), key=output.index)
             kept = kept.permute([[n for n in names if n in output].index(n) for n in order])
             shape = [kept.shape[order.index(n)] if n in order else 1 for n in output]
-            result = torch.where(result == ON, compact(kept.reshape(shape)), result)
+            result = torch.where(result == ON, unexpanded(kept.reshape(shape)), result)
     contracted = [n for n in inputs.split(",")[0] if n in inputs.split(",")[1] and n not in output]
     if len(contracted) == 1:
         _meet_along(call, inputs.split(","), labels, contracted[0])

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hatify.answers import asks
 from hatify.axes import Axes, Moves, Source
-from hatify.labels import ON, ZERO, compact, is_raw, varying_dims
+from hatify.labels import ON, ZERO, is_raw, unexpanded, varying_dims
 from hatify.notrace import timm_functions
 from hatify.ops import resize
 from hatify.ops.registry import Along, Call, Labels, Operation, Trait, aligned, alike, behind, constant_labels, op
@@ -170,11 +170,11 @@ def moved(call: Call) -> Moves | None:
             # What moves with all the numbers is an element; what stays the same is from elsewhere.
             none = torch.zeros((), dtype=torch.int64).expand(value.shape)
             pairs = zip(run(number, none), run(number, none + 1), strict=True)
-            inside = tuple(compact(b - a == 1) for a, b in pairs)
+            inside = tuple(unexpanded(b - a == 1) for a, b in pairs)
         maps: list[tuple[Tensor, ...] | None] = []
         for d, size in enumerate(value.shape):
             index = torch.arange(1, size + 1).view(-1, *(1,) * (value.ndim - 1 - d)).expand(value.shape)
-            found = map(compact, run(number, index)) if size > 1 else ()
+            found = map(unexpanded, run(number, index)) if size > 1 else ()
             kept = tuple(_settled(t if i.all() else torch.where(i, t, 0)) for t, i in zip(found, inside, strict=False))
             maps.append(kept if size > 1 else None)
         sources.append(Source(pieces[number], tuple(maps), inside))
@@ -193,7 +193,7 @@ def _read_otherwise(call: Call, ndim: int) -> set[int] | None:
 
 def _settled(index: Tensor) -> Tensor:
     """`index` with every dimension along which it is constant, but for zeros, reduced to size 1."""
-    index = compact(index)
+    index = unexpanded(index)
     for d, size in enumerate(index.shape):
         if size > 1 and bool((index == 0).any()):
             high = index.amax(d, keepdim=True)
@@ -374,7 +374,7 @@ def pad(call: Call) -> Labels:
     if value or isinstance(call.given(3, "value"), fx.Node):
         return F.pad(labels, padding, value=ON)
     # How far positions are padded may depend on a size: the zeros behind them count as more of the same.
-    labels = compact(labels)
+    labels = unexpanded(labels)
     padding = [n if labels.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(padding)]
     return F.pad(labels, padding, value=ZERO).expand(call.out.shape)
 

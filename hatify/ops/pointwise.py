@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from hatify.labels import ON, compact, compact_pair, is_leaf, varying_dims
+from hatify.labels import ON, is_leaf, unexpanded, unexpanded_pair, varying_dims
 from hatify.ops.registry import Call, Labels, Trait, alike, like_input, op
 
 _PLAIN = {Trait.ELEMENTWISE}
@@ -131,7 +131,7 @@ def add(call: Call) -> Labels:
         return call.all_on()
     terms = call.given(0, "input"), call.given(1, "other")
     shape = call.out.shape
-    a, b = compact_pair(*(_expanded(call.labels_of(term), call.out) for term in terms))
+    a, b = unexpanded_pair(*(_expanded(call.labels_of(term), call.out) for term in terms))
     dims_a, dims_b = varying_dims(a), varying_dims(b)
     if _features(a) and _features(b) and not set(dims_a) & set(dims_b) and (dims_a or dims_b):
         # Features of one term lie across those of the other: they do not meet one to one.
@@ -205,4 +205,4 @@ def _expanded(labels: Labels, out: Tensor) -> Tensor:
 
 def _features(labels: Tensor) -> bool:
     """Whether any element is a feature."""
-    return bool(is_leaf(compact(labels)).any())
+    return bool(is_leaf(unexpanded(labels)).any())

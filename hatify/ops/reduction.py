@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from hatify.axes import Axes, Names
-from hatify.labels import ON, ZERO, compact, is_leaf, varying_dims
+from hatify.labels import ON, ZERO, is_leaf, unexpanded, varying_dims
 from hatify.ops.registry import Call, Cut, Labels, Rule, Trait, aligned, alike, op
 
 # Within a channel ----------------------------------------------------------------------------------------------------
@@ -26,12 +26,12 @@ def _spatial(positions: int | None) -> Rule:
         labels = call.label(0)
         dims = range(labels.ndim - (labels.ndim - 2 if positions is None else positions), labels.ndim)
         merged = call.space.merge(labels, dims).expand(call.out.shape)
-        if not (compact(merged) == ON).any():
+        if not (unexpanded(merged) == ON).any():
             return merged
         # Positions that are ON (a border padded with −∞, say) must not fill features that are off.
-        features = call.space.merge(torch.where(compact(labels) == ON, ZERO, compact(labels)), dims)
+        features = call.space.merge(torch.where(unexpanded(labels) == ON, ZERO, unexpanded(labels)), dims)
         features = features.expand(call.out.shape)
-        filled = (compact(merged) == ON) & is_leaf(compact(features))
+        filled = (unexpanded(merged) == ON) & is_leaf(unexpanded(features))
         return call.mask(torch.where(filled, features, merged)) if filled.any() else merged
 
     return spatial
@@ -199,7 +199,7 @@ def read_along(call: Call, labels: Tensor, dims: tuple[int, ...]) -> Tensor:
         labels = labels.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
         dims = (-1,)
     dim = dims[0] % labels.ndim
-    if set(varying_dims(labels)) - {dim} and is_leaf(compact(labels)).any() and _lie_across(compact(labels), dim):
+    if set(varying_dims(labels)) - {dim} and is_leaf(unexpanded(labels)).any() and _lie_across(unexpanded(labels), dim):
         return torch.tensor(ON).expand(labels.shape[dim])
     merged = call.space.merge(labels, [d for d in range(labels.ndim) if d != dim])
     return merged[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))]

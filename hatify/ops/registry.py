@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from hatify.axes import Axes, Moves, Name, Names
 from hatify.free import Free
-from hatify.labels import ON, ZERO, LabelSpace, compact, is_leaf, varying_dims
+from hatify.labels import ON, ZERO, LabelSpace, is_leaf, unexpanded, varying_dims
 from hatify.nn.connection import WeightedCall
 
 #: Labels of a node's output: a tensor, None for what is no tensor, or a container of these like the output's.
@@ -327,9 +327,9 @@ class Call:
         if labels.shape != out.shape or harmful or not (out.is_floating_point() or out.is_complex()):
             return self.all_on()
         if not zero_stays:
-            labels = torch.where(compact(labels) == ZERO, ON, compact(labels)).expand(out.shape)
+            labels = torch.where(unexpanded(labels) == ZERO, ON, unexpanded(labels)).expand(out.shape)
         dims = varying_dims(labels)
-        if not is_leaf(compact(labels)).any():
+        if not is_leaf(unexpanded(labels)).any():
             return labels if len(dims) < 2 else self.all_on()
         dim: int | tuple[int, ...] = dims[0] if dims else out.ndim - 1
         vector = _along(labels, dims).reshape(-1)
