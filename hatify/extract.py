@@ -62,23 +62,23 @@ def extract_task(
     model.put_right()
     inputs, device = arguments(model, example_inputs), model.task_state.scale.device
     with refusals_named(model, inputs), answering(model, task):
-        values = positional(model.graph, _filling(model, inputs))
+        values = positional(model.flat_graph, _filling(model, inputs))
         modules = plain_modules(model, task)
         children = children_of(model if device.type == "cpu" else copy.deepcopy(model).cpu())
         frozen: set[fx.Node] = set()
-        sizes, free = accepted_sizes(children, (model.graph,), inputs) if compact else ([inputs], Free())
+        sizes, free = accepted_sizes(children, (model.flat_graph,), inputs) if compact else ([inputs], Free())
         while True:
-            removal = Removal(children, model.graph, modules, frozen, compact, free).find(
+            removal = Removal(children, model.flat_graph, modules, frozen, compact, free).find(
                 *tree_map_only(Tensor, Tensor.cpu, values)
             )
             writer = Writer(model, modules, removal, task)
             plain = writer.write()
             refused = writer.refused | _Twins(writer, plain).compare(*values)
             if not refused and not _agree_at(sizes[1:], writer, plain):
-                refused = _misplaced(writer, free) - frozen or set(model.graph.nodes)
+                refused = _misplaced(writer, free) - frozen or set(model.flat_graph.nodes)
             if not refused:
                 return plain
-            everything = set(model.graph.nodes)
+            everything = set(model.flat_graph.nodes)
             if not compact or frozen == everything:
                 names = ", ".join(sorted(node.name for node in refused))
                 raise HatError(f"task {task} cannot be written as a plain network: {names} would be computed otherwise")
@@ -105,7 +105,7 @@ class _Fullness(fx.Interpreter):
 
 def _filling(model: HatModel, inputs: Any) -> Any:
     """The inputs, or larger ones of which nothing is empty."""
-    fullness = _Fullness(children_of(model), graph=model.graph)
+    fullness = _Fullness(children_of(model), graph=model.flat_graph)
     if fullness.of(inputs) is not False:
         return inputs
     others = other_sizes(lambda given: fullness.of(given) is not None, inputs)
@@ -116,7 +116,7 @@ class _Twins(fx.Interpreter):
     """Runs the model's graph and the plain one side by side, and compares every value."""
 
     def __init__(self, writer: Writer, plain: fx.GraphModule) -> None:
-        super().__init__(writer.children.module, graph=writer.model.graph)
+        super().__init__(writer.children.module, graph=writer.model.flat_graph)
         self.writer = writer
         self.twin = fx.Interpreter(plain)
         self.last_uses = self.twin.user_to_last_uses
@@ -153,9 +153,9 @@ class _Twins(fx.Interpreter):
 
 def _agree_at(sizes: list[Any], writer: Writer, plain: fx.GraphModule) -> bool:
     """Whether `plain` answers as the model does at other sizes, too."""
-    whole = fx.Interpreter(writer.children.module, graph=writer.model.graph)
+    whole = fx.Interpreter(writer.children.module, graph=writer.model.flat_graph)
     for inputs in sizes:
-        values = positional(writer.model.graph, inputs)
+        values = positional(writer.model.flat_graph, inputs)
         expected = tree_leaves(whole.run(*values))
         try:
             found = tree_leaves(plain(*values))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from hatify.growth import grow
 from hatify.known import KnownAnswers
 from hatify.lock import Guard, named_tensors
 from hatify.mixed import answer_each, check_tasks
+from hatify.nesting import Part, copy_graphs, nest
 from hatify.nn.folding import forget
 from hatify.nn.per_task import PER_TASK
 from hatify.nn.state import STATE, TaskState
@@ -39,23 +39,26 @@ from hatify.undo import all_or_nothing
 from hatify.weights import refuse_parts, refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "guard", "_open", "_known_answers", "wrapper_note")
+_NOT_COPIED = ("_graph", "_graphs", "flat_graphs", "guard", "_open", "_known_answers", "wrapper_note")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class HatModel(fx.GraphModule):
+class HatModel(Part):
     """A network that learns one task after another and forgets none; made by `hatify.hatify`.
 
     It is called like the original. Between `begin_task` and `end_task` it learns one task; `set_task` chooses which
-    task answers. `code` and `graph` show the original's structure with the mask operations in it, and parameters that
-    tasks share keep their names.
+    task answers. `code` and `graph` show the original's structure with the mask operations in it, parameters that
+    tasks share keep their names, and so do blocks (``model.layer1[0]``), which are `torch.fx.GraphModule`s with code of
+    their own.
 
     Attributes:
         plan: what its conversion decided, as data.
         census: what happens to every parameter and buffer of the original (a tuple of `Entry`; prints as a table).
         s_max: the upper bound of the mask scale.
         example_inputs: what the original was converted with.
+        flat_graphs: the whole network as one graph without blocks, {training: graph}; one and the same for both modes,
+            if that will do.
     """
 
     plan: Plan
@@ -65,7 +68,7 @@ class HatModel(fx.GraphModule):
     uses: dict[str, list[Use]]
     constants: tuple[str, ...]
     origin: Origin
-    _graphs: dict[bool, fx.Graph]
+    flat_graphs: dict[bool, fx.Graph]
     guard: Guard | None
     _open: OpenTask | None
     _known_answers: KnownAnswers
@@ -84,17 +87,11 @@ class HatModel(fx.GraphModule):
         example_inputs: tuple[Any, ...] | dict[str, Any],
         origin: Origin,
     ) -> None:
-        super().__init__(nn.Module(), fx.Graph(), class_name="HatModel")
-        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[table] = vars(root)[table]
-        self.training = root.training
+        super().__init__(root, "HatModel")
         self.__dict__.update({name: hooks for name, hooks in vars(root).items() if name.startswith(_HOOKS)})
-        for name, value in vars(root).items():
-            if name not in self.__dict__ and not hasattr(type(self), name):
-                self.__dict__[name] = value
         self.__dict__.update(
             plan=plan,
-            census=plan.census,
+            census=Census(plan.census),
             s_max=s_max,
             example_inputs=example_inputs,
             uses=plan.uses,
@@ -104,32 +101,34 @@ class HatModel(fx.GraphModule):
             _open=None,
             _known_answers=KnownAnswers(),
             _unseen=False,
+            flat_graphs={True: training, False: evaluation},
         )
         for module in self.modules():
             if isinstance(module, PER_TASK):
                 module.choice = self.task_state.choice
         self.task_state.tensor_names, self.task_state.layer_types = tensor_names(self), layer_types(self)
         self.task_state.trainable = Trainable({name for name, p in self.named_parameters() if p.requires_grad})
-        self._install({True: training, False: evaluation})
         if training is not evaluation:
             self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
             self.register_forward_pre_hook(_check_modes)
+        nested, self.census.flat = nest(self, self.flat_graphs)
+        self.install(nested, self.training)
         self.register_load_state_dict_post_hook(_after_loading)
         self.settle()
 
     # The graph -------------------------------------------------------------------------------------------------------
 
-    def _install(self, graphs: dict[bool, fx.Graph]) -> None:
-        self.__dict__["_graphs"] = graphs
-        self.select_graph(anew=True)
+    @property
+    def flat_graph(self) -> fx.Graph:
+        """The whole network as one graph, of the current mode."""
+        return self.flat_graphs[self.training]
 
     def select_graph(self, anew: bool = False) -> None:
-        """Use the graph of the current mode (most networks have one for both); `anew`: write its code in any case."""
-        graph = self._graphs[self.training]
-        if anew or self.__dict__.get("_graph") is not graph:
-            self.__dict__["_graph"] = graph
-            graph.owning_module = self
-            self.recompile()
+        """Let all parts use the graph of the model's mode; `anew`: write their code in any case."""
+        if anew or self.flat_graphs[True] is not self.flat_graphs[False]:
+            for part in self.modules():
+                if isinstance(part, Part):
+                    part.use_graph(self.training, anew)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A child may have the name of a property; nn.Module would look at the children first.
@@ -142,27 +141,9 @@ class HatModel(fx.GraphModule):
         super().train(mode)
         if mode:
             forget(self)
-        if "_graphs" in self.__dict__:
+        if "flat_graphs" in self.__dict__:
             self.select_graph()
         return self
-
-    def recompile(self) -> Any:
-        """Generate ``forward`` from the graph.
-
-        The original's children keep their names even where those are names of methods here; the generated code
-        reaches such a child through the table it is registered in.
-        """
-        tables = ("_modules", "_parameters", "_buffers")
-        own = {name: table for table in tables for name in self.__dict__[table] if _taken(self, name)}
-        if not own:
-            return super().recompile()
-        pattern = re.compile(rf"\bself\.({'|'.join(map(re.escape, own))})\b")
-
-        def reach_children(lines: list[str]) -> list[str]:
-            return [pattern.sub(lambda m: f"self.{own[m[1]]}[{m[1]!r}]", line) for line in lines]
-
-        with self._graph.on_generate_code(lambda _: reach_children):
-            return super().recompile()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
@@ -178,20 +159,22 @@ class HatModel(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
         self.put_right()
         memo.update(computed_tensors(self))
-        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
-        graphs = _copy_graphs(self._graphs, memo)
+        graphs, flat = copy_graphs(self._graphs, memo), copy_graphs(self.flat_graphs, memo)
         before = self.values_before
         saved = None if before is None else {name: tensor.clone() for name, tensor in before.items()}
         built = self.guard is not None and self.guard.is_built
-        return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__, built)
+        return _rebuild(copy.deepcopy(self._state(), memo), graphs, flat, saved, type(self).__name__, built)
 
     def __copy__(self) -> HatModel:
         raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.put_right()
-        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
-        return _rebuild, (state, _copy_graphs(self._graphs, {}), self.values_before, type(self).__name__)
+        graphs, flat = copy_graphs(self._graphs, {}), copy_graphs(self.flat_graphs, {})
+        return _rebuild, (self._state(), graphs, flat, self.values_before, type(self).__name__)
+
+    def _state(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
 
     def _apply(self, fn: Any, recurse: bool = True) -> HatModel:
         self.put_right()
@@ -510,11 +493,6 @@ class HatModel(fx.GraphModule):
             warnings.warn(message, HatWarning, stacklevel=3)
 
 
-def _taken(model: HatModel, name: str) -> bool:
-    """Whether ``model.name`` would not find the child `name`."""
-    return name in model.__dict__ or hasattr(type(model), name)
-
-
 def _check_modes(model: HatModel, inputs: Any) -> None:
     """Where the two modes have graphs of their own, the parts whose code looks at the mode must be in the same one."""
     modules = dict(model.named_modules())
@@ -546,17 +524,10 @@ def _after_loading(model: HatModel, incompatible: Any) -> None:
     model.guard_anew(model.values_before if same else None)
 
 
-def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
-    training = copy.deepcopy(graphs[True], memo)
-    return {
-        True: training,
-        False: training if graphs[True] is graphs[False] else copy.deepcopy(graphs[False], memo),
-    }
-
-
 def _rebuild(
     state: dict[str, Any],
     graphs: dict[bool, fx.Graph],
+    flat: dict[bool, fx.Graph],
     saved: dict[str, Tensor] | None,
     name: str,
     built: bool = False,
@@ -564,7 +535,7 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, guard=None, _open=None, _known_answers=KnownAnswers())
-    model._install(graphs)
+    model.__dict__.update(state, guard=None, _open=None, _known_answers=KnownAnswers(), flat_graphs=flat)
+    model.install(graphs, model.training)
     model.guard_anew(saved, built=built)
     return model

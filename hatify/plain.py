@@ -18,6 +18,7 @@ from hatify.classify import detached_copy, is_altered
 from hatify.cutting import cut_along, cut_layer, cut_norm
 from hatify.free import check_sizes
 from hatify.model import HatModel
+from hatify.nesting import TAKEN
 from hatify.nn.functional import by_mode, masked, masked_off, view_along
 from hatify.nn.layers import HatLayer
 from hatify.nn.norms import NORMS, _masked_affine, is_known
@@ -38,7 +39,7 @@ def plain_modules(model: HatModel, task: int) -> dict[str, nn.Module]:
     Tied parameters stay tied.
     """
     children, found = children_of(model), {}
-    for path in dict.fromkeys(str(n.target) for n in model.graph.nodes if n.op == "call_module"):
+    for path in dict.fromkeys(str(n.target) for n in model.flat_graph.nodes if n.op == "call_module"):
         module = children.get_submodule(path)
         if not isinstance(module, (TaskState, PerTaskTensor)):
             found[path] = module[task] if isinstance(module, PerTask) else module
@@ -76,10 +77,6 @@ def _unparametrize(module: Any) -> None:
         module.register_parameter(name, value)
 
 
-#: Names that a GraphModule needs for itself.
-_TAKEN = frozenset(dir(fx.GraphModule({}, fx.Graph())))
-
-
 class Writer:
     """Writes the network of one task, node by node.
 
@@ -97,10 +94,10 @@ class Writer:
 
     def __init__(self, model: HatModel, modules: dict[str, nn.Module], removal: Removal, task: int) -> None:
         self.model, self.modules, self.removal, self.task = model, modules, removal, task
-        self.children = fx.Interpreter(children_of(model), graph=model.graph)
+        self.children = fx.Interpreter(children_of(model), graph=model.flat_graph)
         self.device = model.task_state.scale.device
         self.graph = fx.Graph()
-        self.graph._codegen = copy.deepcopy(model.graph._codegen)
+        self.graph._codegen = copy.deepcopy(model.flat_graph._codegen)
         self.root: dict[str, Any] = {}
         self.values: dict[fx.Node, Any] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
@@ -112,7 +109,7 @@ class Writer:
 
     def write(self) -> fx.GraphModule:
         """The network, in evaluation mode."""
-        for node in self.model.graph.nodes:
+        for node in self.model.flat_graph.nodes:
             last = next(iter(reversed(self.graph.nodes)), None)
             self.values[node] = self._write(node)
             self.written[node] = _after(self.graph, last)
@@ -213,7 +210,7 @@ class Writer:
     def _store(self, name: str, value: Any) -> str:
         """Keep a module, parameter or buffer under `name`, or under a similar one where that is taken."""
         first, dot, rest = name.partition(".")
-        name = f"{first}_{dot}{rest}" if first in _TAKEN else name
+        name = f"{first}_{dot}{rest}" if first in TAKEN else name
         if any(name.startswith(f"{path}.") for path, held in self.root.items() if isinstance(held, nn.Module)):
             name = name.replace(".", "_")
         free, number = name, 1

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hatify.answers import AnsweringTracer, check_argument, factories_recorded
 from hatify.errors import ConversionError
+from hatify.nesting import CALLS, Call
 from hatify.nn.functional import by_mode
 from hatify.notrace import timm_functions, timm_modules
 from hatify.ops import OPERATIONS
@@ -85,6 +86,13 @@ class HatTracer(AnsweringTracer):
         self.leaf_types = leaf_types
         self.innermost = ""
         self.constants = 0
+        self.calls: tuple[Call, ...] = ()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that knows within which calls of modules it was recorded."""
+        node = super().create_node(*args, **kwargs)
+        node.meta[CALLS] = self.calls
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or isinstance(m, self.leaf_types):
@@ -111,7 +119,14 @@ class HatTracer(AnsweringTracer):
         if self.answering:
             return super().call_module(m, forward, args, kwargs)
         outer, self.innermost = self.innermost, self.path_of_module(m)
-        result = super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, self.innermost):
+            result = super().call_module(m, forward, args, kwargs)
+        else:
+            call, around = Call.of(m, self.innermost, args, kwargs), self.calls
+            self.calls = (*around, call)
+            result = super().call_module(m, forward, args, kwargs)
+            call.returns(result)
+            self.calls = around
         self.innermost = outer
         return result
 
@@ -213,8 +228,11 @@ def _mode_dependent(at: fx.Node, in_training: Any, in_evaluation: Any) -> fx.Nod
         if in_training is True and in_evaluation is False:
             return flag
         if in_training is False and in_evaluation is True:
-            return at.graph.call_function(operator.not_, (flag,))
-        return at.graph.call_function(by_mode, (flag, in_training, in_evaluation))
+            chosen = at.graph.call_function(operator.not_, (flag,))
+        else:
+            chosen = at.graph.call_function(by_mode, (flag, in_training, in_evaluation))
+        chosen.meta[CALLS] = at.meta[CALLS]
+        return chosen
 
 
 def _trace_once(net: nn.Module, arguments: dict[str, Any], leaves: frozenset[str]) -> fx.Graph:
