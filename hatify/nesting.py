@@ -13,7 +13,7 @@ import copy
 import inspect
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -261,15 +261,20 @@ class _Nesting:
     def __init__(self, flat: fx.Graph, names: _Names, kept: Mapping[str, str]) -> None:
         self.flat, self.names = flat, names
         self.products = {n.args[0]: n for n in flat.nodes if n.target in (masked, masked_off)}
-        self.home: dict[fx.Node, tuple[Call, ...]] = {}
+        self.home = {
+            node: tuple(call for call in node.meta.get(CALLS, ()) if call.path not in kept and not self._is_read(node))
+            for node in flat.nodes
+        }
+        for node in flat.nodes:
+            if self._is_product(node):
+                # Tracing reads a parameter once, whoever uses it.
+                self.home[node] = _common([self.home[user] for user in node.users])
         self.members: dict[Call | None, list[fx.Node]] = {None: list(flat.nodes)}
         for node in flat.nodes:
-            calls = () if self._is_read(node) else node.meta.get(CALLS, ())
-            self.home[node] = tuple(call for call in calls if call.path not in kept)
             for call in self.home[node]:
                 self.members.setdefault(call, []).append(node)
         self.parts: dict[str, fx.Graph] = {}
-        self.write(None, 0)
+        self.write(None, ())
 
     def _is_read(self, node: fx.Node) -> bool:
         """Whether a node looks something up, and may as well do so elsewhere."""
@@ -279,9 +284,13 @@ class _Nesting:
         is_mask = isinstance(source, fx.Node) and source.op == "call_module" and source.target == STATE
         return node.op == "get_attr" or is_mask
 
-    def write(self, call: Call | None, depth: int) -> list[Any]:
-        """Write the graph of what `call`, `depth` calls deep, does; returns its arguments in the flat graph's nodes."""
-        path = call.path if call is not None else ""
+    def _is_product(self, node: fx.Node) -> bool:
+        """Whether a node applies a mask to what has been looked up."""
+        return node.target in (masked, masked_off) and self._is_read(node.args[0])  # type: ignore[arg-type]
+
+    def write(self, call: Call | None, stack: tuple[Call, ...]) -> list[Any]:
+        """Write the graph of what `call`, the last of `stack`, does; returns its arguments, in flat nodes."""
+        path, depth = call.path if call is not None else "", len(stack)
         members = self.members[call]
         inside = set(members) if call is not None else set()
         graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -291,14 +300,14 @@ class _Nesting:
             result = None
         else:
             result, outer = self._result(call), dict[fx.Node, None]()
-            for node in self._used(call, depth):
-                if node not in inside and not (self._is_read(node) and self._locally(node, path) is not None):
+            for node in self._used(call, stack):
+                if node not in inside and not (self._is_read(node) and self._locally(node, stack) is not None):
                     outer[node] = None
             given = list(self._take_arguments(call, graph, outer, values))
 
         def value(node: fx.Node) -> fx.Node:
             if node not in values:
-                target = self._locally(node, path) if self._is_read(node) else None
+                target = self._locally(node, stack) if self._is_read(node) or self._is_product(node) else None
                 if target is None:
                     raise _CannotNest(path or self._culprit(node), "its operations are mixed with those around it")
                 args, kwargs = map_arg((node.args, node.kwargs), value)
@@ -311,8 +320,8 @@ class _Nesting:
             inner = self.home[node][depth : depth + 1]
             if inner and inner[0] not in done:
                 done.add(inner[0])
-                self._call(inner[0], path, depth, graph, values, value)
-            elif not inner and not self._is_read(node):
+                self._call(inner[0], stack, graph, values, value)
+            elif not inner and not self._is_read(node) and node not in values:
                 target = self.names.below(str(node.target), path) if node.op == "call_module" else node.target
                 if target is None:
                     raise _CannotNest(path, f"it calls {node.target}, which it does not hold")
@@ -326,8 +335,11 @@ class _Nesting:
         self.parts.setdefault(path, graph)
         return given
 
-    def _locally(self, node: fx.Node, path: str) -> Any:
-        """What a node that looks something up has for a target in the part at `path`; None if it cannot be there."""
+    def _locally(self, node: fx.Node, stack: tuple[Call, ...]) -> Any:
+        """What a node that looks something up has for a target within the calls of `stack`; None if it is not there."""
+        path = stack[-1].path if stack else ""
+        if self._is_product(node):
+            return node.target if self.home[node] == stack else None
         if node.op == "call_function":
             return None if path else node.target
         name = str(node.target)
@@ -348,11 +360,11 @@ class _Nesting:
         inside = set(self.members[call])
         return [node for node in self.members[call] if not inside.issuperset(node.users)]
 
-    def _used(self, call: Call, depth: int) -> Iterator[fx.Node]:
+    def _used(self, call: Call, stack: tuple[Call, ...]) -> Iterator[fx.Node]:
         """What is used in a call, in order: by its operations, as an argument or a result of a call within."""
         seen: set[Call] = set()
         for member in self.members[call]:
-            for inner in self.home[member][depth:]:
+            for inner in self.home[member][len(stack) :]:
                 if inner not in seen:
                     seen.add(inner)
                     for argument in inner.arguments.values():
@@ -397,21 +409,28 @@ class _Nesting:
     def _call(
         self,
         call: Call,
-        path: str,
-        depth: int,
+        stack: tuple[Call, ...],
         graph: fx.Graph,
         values: dict[fx.Node, fx.Node],
-        value: Any,
+        value: Callable[[fx.Node], fx.Node],
     ) -> None:
         """Write the call of a part into the graph of the one around it."""
+        path = stack[-1].path if stack else ""
         target = self.names.below(call.path, path)
         if target is None:
             raise _CannotNest(path, f"it calls {call.path}, which it does not hold")
-        given = self.write(call, depth + 1)
+        given = self.write(call, (*stack, call))
         made = graph.call_module(target, tuple(map_arg(argument, value) for argument in given))
         places = _places(self._result(call))
         for node in self._escaping(call):
             values[node] = _reached(graph, made, places[node])
+
+
+def _common(stacks: Sequence[tuple[Call, ...]]) -> tuple[Call, ...]:
+    """What all stacks of calls begin with."""
+    first, *others = stacks or [()]
+    depth = next((d for d in range(len(first)) if any(other[d : d + 1] != first[d : d + 1] for other in others)), None)
+    return first[:depth]
 
 
 def _is_writable(structure: Any) -> bool:
