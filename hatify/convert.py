@@ -20,6 +20,7 @@ from hatify.planner import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import class_counts, rewrite_graph, rewrite_modules
 from hatify.support import accepted_sizes, analyse, only_weighing
+from hatify.timm_methods import Interface
 from hatify.trace import Traced, bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
@@ -151,7 +152,10 @@ def _carried_out(
     net.add_module(STATE, state.train(net.training))
     for graph, planned in zip(traced.graphs, plan.graphs, strict=True):
         rewrite_graph(net, graph, plan, planned.masks)
-    return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+    interface = Interface.of(net)
+    model = HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+    model.offer(interface)
+    return model
 
 
 @torch.no_grad()

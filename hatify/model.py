@@ -57,6 +57,7 @@ class HatModel(Part):
         census: what happens to every parameter and buffer of the original (a tuple of `Entry`; prints as a table).
         s_max: the upper bound of the mask scale.
         example_inputs: what the original was converted with.
+        interface: what it offers of the original's methods.
         flat_graphs: the whole network as one graph without blocks, {training: graph}; one and the same for both modes,
             if that will do.
     """
@@ -68,6 +69,7 @@ class HatModel(Part):
     uses: dict[str, list[Use]]
     constants: tuple[str, ...]
     origin: Origin
+    interface: Any
     flat_graphs: dict[bool, fx.Graph]
     guard: Guard | None
     _open: OpenTask | None
@@ -122,6 +124,12 @@ class HatModel(Part):
     def flat_graph(self) -> fx.Graph:
         """The whole network as one graph, of the current mode."""
         return self.flat_graphs[self.training]
+
+    def offer(self, interface: Any) -> None:
+        """Give the model the ``methods`` of `interface`, {name: function}; copies and pickles take them along."""
+        self.__dict__["interface"] = interface
+        for name, method in interface.methods.items():
+            setattr(type(self), name, method)
 
     def select_graph(self, anew: bool = False) -> None:
         """Let all parts use the graph of the model's mode; `anew`: write their code in any case."""
@@ -190,7 +198,7 @@ class HatModel(Part):
             ranks.notice(self, wrapper)
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        self._look_after(self.training)
+        self.look_after(self.training)
         tasks = self.task_state.choice.of_samples
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
@@ -450,7 +458,7 @@ class HatModel(Part):
         """What watches the steps of optimizers for this model."""
         return [watcher for watcher in (self.guard, self._open) if watcher is not None]
 
-    def _look_after(self, training: bool = False) -> None:
+    def look_after(self, training: bool = False) -> None:
         """Put right what finished tasks own before it is used, if anything seems to have been written to."""
         if self.guard is not None:
             self.guard.check(training)
@@ -536,6 +544,7 @@ def _rebuild(
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
     model.__dict__.update(state, guard=None, _open=None, _known_answers=KnownAnswers(), flat_graphs=flat)
+    model.offer(model.interface)
     model.install(graphs, model.training)
     model.guard_anew(saved, built=built)
     return model

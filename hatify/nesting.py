@@ -27,6 +27,8 @@ from hatify.nn.state import STATE
 
 #: The key of ``node.meta`` under which tracing notes the calls that a node was recorded in, the outermost first.
 CALLS = "hatify_calls"
+#: The same for the names of methods of the network (``forward_features``) that have returned the node.
+RETURNED = "hatify_returned_by"
 #: What a part has of the module in whose place it is.
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
 #: Names that a GraphModule needs for itself.
@@ -330,10 +332,22 @@ class _Nesting:
                 values[node] = graph.create_node(node.op, target, args, kwargs, name, node.type)
         if call is not None:
             graph.output(map_arg(result, value))
+        else:
+            self._mark_returned(values)
         if path in self.parts and not _alike(self.parts[path], graph):
             raise _CannotNest(path, "its calls do not do the same")
         self.parts.setdefault(path, graph)
         return given
+
+    def _mark_returned(self, values: dict[fx.Node, fx.Node]) -> None:
+        """Mark what methods of the network have returned in the outermost graph, too, and with its mask."""
+        for node in self.flat.nodes:
+            product = self.products.get(node, node)
+            if RETURNED in node.meta:
+                for marked in (product, values.get(product, product)):
+                    marked.meta[RETURNED] = node.meta[RETURNED]
+                if product is not node:
+                    del node.meta[RETURNED]
 
     def _locally(self, node: fx.Node, stack: tuple[Call, ...]) -> Any:
         """What a node that looks something up has for a target within the calls of `stack`; None if it is not there."""

@@ -7,6 +7,7 @@ into one graph that reads the flag when it runs; where they differ in structure,
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import os
@@ -25,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hatify.answers import AnsweringTracer, check_argument, factories_recorded
 from hatify.errors import ConversionError
-from hatify.nesting import CALLS, Call
+from hatify.nesting import CALLS, RETURNED, Call
 from hatify.nn.functional import by_mode
 from hatify.notrace import timm_functions, timm_modules
 from hatify.ops import OPERATIONS
@@ -273,7 +274,7 @@ def _trace_with(tracer: HatTracer, net: nn.Module, arguments: dict[str, Any]) ->
         if parameters[name].kind not in variadic and (value is None or isinstance(value, (bool, int, float, str)))
     }
     try:
-        with _buffers_kept(net, tracer), factories_recorded(tracer):
+        with _buffers_kept(net, tracer), factories_recorded(tracer), _methods_noted(net):
             graph = tracer.trace(net, concrete_args=fixed)
     except ConversionError:
         raise
@@ -336,6 +337,33 @@ def _buffers_kept(net: nn.Module, tracer: HatTracer) -> Iterator[None]:
             "which tracing cannot record; write in place with a tensor method (self.buffer.add_(1)), or put that code "
             "into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
+
+
+@contextmanager
+def _methods_noted(net: nn.Module) -> Iterator[None]:
+    """Within the context, what the methods return that ``forward`` consists of (``forward_features``) is noted."""
+    own = type(net).__mro__[: type(net).__mro__.index(nn.Module)]
+    names = {
+        n for kind in own for n, f in vars(kind).items() if n.startswith("forward_") and isinstance(f, FunctionType)
+    }
+    methods = {name: getattr(net, name) for name in names - vars(net).keys()}
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            if isinstance(result, fx.Proxy):
+                result.node.meta[RETURNED] = (*result.node.meta.get(RETURNED, ()), name)
+            return result
+
+        return call
+
+    vars(net).update({name: noted(name, method) for name, method in methods.items()})
+    try:
+        yield
+    finally:
+        for name in methods:
+            vars(net).pop(name, None)
 
 
 def _register_constant(net: nn.Module, node: fx.Node) -> None:
