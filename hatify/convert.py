@@ -1,4 +1,4 @@
-"""Conversion: trace → classify → analyse → plan → rewrite; or, by a plan that was saved, trace → check → rewrite."""
+"""Conversion: trace → classify → analyse → plan → rewrite → nest; by a saved plan: trace → check → rewrite → nest."""
 
 from __future__ import annotations
 

@@ -400,7 +400,7 @@ class _Nesting:
         self, call: Call, graph: fx.Graph, needed: dict[fx.Node, None], values: dict[fx.Node, fx.Node]
     ) -> Iterator[Any]:
         """Make placeholders in `graph` for what a call is given, and for what else it needs; yields their values."""
-        prefix, taken = f"{call.path.replace('.', '_')}_", set()
+        taken = set[str]()
         for name, argument in call.arguments.items():
             structure = self._mapped(argument) if _is_writable(argument) else ()
             places = _places(structure)
@@ -411,13 +411,15 @@ class _Nesting:
                     if node in needed and node not in values:
                         values[node] = _reached(graph, placeholder, keys)
                 yield structure
-        for node in (n for n in needed if n not in values):
-            name = free = node.name.removeprefix(prefix)
-            number = 1
-            while free in taken:
-                free, number = f"{name}_{number}", number + 1
-            taken.add(free)
-            values[node] = graph.placeholder(free)
+        others = [node for node in needed if node not in values]
+        names = {node.name for node in others}
+        for node in others:
+            short = node.name.removeprefix(f"{call.path.replace('.', '_')}_")
+            name = node.name if short in names else short
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            values[node] = graph.placeholder(name)
             yield node
 
     def _call(
