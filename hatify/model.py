@@ -546,5 +546,6 @@ def _rebuild(
     model.__dict__.update(state, guard=None, _open=None, _known_answers=KnownAnswers(), flat_graphs=flat)
     model.offer(model.interface)
     model.install(graphs, model.training)
+    model.select_graph()
     model.guard_anew(saved, built=built)
     return model

@@ -178,15 +178,16 @@ def nest(root: nn.Module, graphs: Mapping[bool, fx.Graph]) -> tuple[dict[bool, f
     flat = {path: reason for path in called if (reason := _obstacle(names.modules[path])) is not None}
     while True:
         try:
-            nested = {id(graph): _Nesting(graph, names, flat) for graph in graphs.values()}
-            written = {mode: nested[id(graph)].parts for mode, graph in graphs.items()}
+            parts = {graph: _Nesting(graph, names, flat).parts for graph in dict.fromkeys(graphs.values())}
+            written = {mode: parts[graph] for mode, graph in graphs.items()}
             break
         except _CannotNest as found:
             flat[found.path] = found.reason
+    flat |= {path: "it computes nothing" for path in called if path not in {**flat, **written[False], **written[True]}}
     for path in {**written[False], **written[True]}:
         if not path:
             continue
-        of_mode = {mode: parts.get(path) or written[not mode][path] for mode, parts in written.items()}
+        of_mode = {mode: found.get(path) or written[not mode][path] for mode, found in written.items()}
         if _alike(of_mode[True], of_mode[False]):
             of_mode[True] = of_mode[False]
         block = names.modules[path]
@@ -196,7 +197,7 @@ def nest(root: nn.Module, graphs: Mapping[bool, fx.Graph]) -> tuple[dict[bool, f
     for node in (node for graph in graphs.values() for node in graph.nodes):
         for key in (CALLS, "nn_module_stack"):
             node.meta.pop(key, None)
-    return {mode: parts[""] for mode, parts in written.items()}, tuple((p, r) for p, r in flat.items() if r)
+    return {mode: found[""] for mode, found in written.items()}, tuple((p, r) for p, r in flat.items() if r)
 
 
 def _obstacle(block: nn.Module) -> str | None:

@@ -336,6 +336,34 @@ def test_the_census_says_what_stays_flat_and_why():
         assert again.census.flat == model.census.flat
 
 
+class Looked(nn.Module):
+    """Only looks a parameter up."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self):
+        return self.scale
+
+
+class LooksUp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.looked = nn.Linear(WIDTH, WIDTH), Looked()
+
+    def forward(self, x):
+        return self.fc(x) * self.looked()
+
+
+def test_a_block_without_operations_is_named():
+    net, x = built(LooksUp), torch.randn(4, WIDTH)
+    model = hatify(net, 2, (x,)).eval()
+    assert model.census.flat == (("1.looked", "it computes nothing"),)
+    torch.testing.assert_close(model(x), net.eval()(x))
+    assert_nested_is_flat(model, x)
+
+
 def test_overridden_modes_still_hold():
     x = torch.randn(4, WIDTH)
     model = hatify(built(Kept), 2, (x,))
