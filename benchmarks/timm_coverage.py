@@ -188,7 +188,7 @@ def structure(name: str) -> Row:
     start = time.perf_counter()
     model = hatify.hatify(network, 2, example).eval()
     row.update(seconds_meta=round(time.perf_counter() - start, 2), **shares(model))
-    keep_interface(model, network)
+    keep_interface(model)
     problems = []
     if (found := shapes(model, example)) != expected:
         problems.append(f"answers of shape {found} instead of {expected}")

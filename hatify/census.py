@@ -22,12 +22,19 @@ class Entry:
 
 
 class Census(tuple[Entry, ...]):
-    """Every parameter and buffer of the original network with its policy; prints as a table."""
+    """Every parameter and buffer of the original network with its policy; prints as a table.
+
+    Attributes:
+        flat: (path, reason) of every block of the original that is no part of its own in the converted model.
+    """
+
+    flat: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         width = max((len(e.name) for e in self), default=4)
         lines = [f"{e.name:<{width}}  {e.kind:<9}  {e.policy:<9}  {e.shape!s:<18}  {e.reason}" for e in self]
-        return "\n".join([*lines, "", self.summary()])
+        flat = [f"{path}: no part of its own, since {reason}" for path, reason in self.flat]
+        return "\n".join([*lines, "", *flat, self.summary()])
 
     def summary(self) -> str:
         """Elements per policy, in one line."""

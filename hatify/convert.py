@@ -1,4 +1,4 @@
-"""Conversion: trace → classify → analyse → plan → rewrite; or, by a plan that was saved, trace → check → rewrite."""
+"""Conversion: trace → classify → analyse → plan → rewrite → nest; by a saved plan: trace → check → rewrite → nest."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hatify.planner import make_plan
 from hatify.policy import Policy
 from hatify.rewrite import class_counts, rewrite_graph, rewrite_modules
 from hatify.support import accepted_sizes, analyse, only_weighing
+from hatify.timm_methods import Interface
 from hatify.trace import Traced, bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
@@ -149,7 +150,10 @@ def _carried_out(
     net.add_module(STATE, state.train(net.training))
     for graph, planned in zip(traced.graphs, plan.graphs, strict=True):
         rewrite_graph(net, graph, plan, planned.masks)
-    return HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+    interface = Interface.of(net)
+    model = HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
+    model.offer(interface)
+    return model
 
 
 def _check_heads(net: nn.Module, plan: Plan) -> None:

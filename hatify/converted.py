@@ -118,6 +118,11 @@ class Converted(nn.Module):
         for watcher in standing:
             watcher.disarm()
 
+    def look_after(self, training: bool = False) -> None:
+        """Put right what finished tasks own before it is used, if anything seems to have been written to."""
+        if self.guard is not None:
+            self.guard.check(training)
+
     def put_right(self) -> dict[str, int]:
         """Put back all that finished tasks own, also into parameters that have become other objects."""
         if not can_be_looked_at():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hatify import ranks
+from hatify.census import Census
 from hatify.classify import computed_tensors
 from hatify.errors import HatError, TaskError
 from hatify.gate import gate
@@ -20,6 +20,7 @@ from hatify.growth import grow
 from hatify.known import KnownAnswers
 from hatify.lifecycle import Learner, abort, after_loading, begin, end, require_open
 from hatify.mixed import answer_each, check_tasks
+from hatify.nesting import Part, copy_graphs, nest
 from hatify.nn.folding import release
 from hatify.nn.per_task import PER_TASK
 from hatify.origin import Origin
@@ -31,26 +32,31 @@ from hatify.trainable import Trainable
 from hatify.weights import refuse_parts, refuse_plain_weights
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "guard", "opened", "known_answers", "wrapper_note")
+_NOT_COPIED = ("_graph", "_graphs", "flat_graphs", "guard", "opened", "known_answers", "wrapper_note")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class HatModel(Learner, fx.GraphModule):
+class HatModel(Learner, Part):
     """A network that learns one task after another and forgets none; made by `hatify.hatify`.
 
     It is called like the original. Between `begin_task` and `end_task` it learns one task; `set_task` chooses which
-    task answers. `code` and `graph` show the original's structure with the mask operations in it, and parameters that
-    tasks share keep their names.
+    task answers. `code` and `graph` show the original's structure with the mask operations in it, parameters that
+    tasks share keep their names, and so do blocks (``model.layer1[0]``), which are `torch.fx.GraphModule`s with code of
+    their own.
 
     Attributes:
         plan: what its conversion decided, as data.
         census: what happens to every parameter and buffer of the original (a tuple of `Entry`; prints as a table).
         s_max: the upper bound of the mask scale.
         example_inputs: what the original was converted with.
+        interface: what it offers of the original's methods.
+        flat_graphs: the whole network as one graph without blocks, {training: graph}; one and the same for both modes,
+            if that will do.
     """
 
-    _graphs: dict[bool, fx.Graph]
+    interface: Any
+    flat_graphs: dict[bool, fx.Graph]
     _mode_readers: tuple[str, ...]
     _ddp_params_and_buffers_to_ignore = property(ranks.ignored, ranks.ignore)
 
@@ -64,17 +70,11 @@ class HatModel(Learner, fx.GraphModule):
         example_inputs: tuple[Any, ...] | dict[str, Any],
         origin: Origin,
     ) -> None:
-        super().__init__(nn.Module(), fx.Graph(), class_name="HatModel")
-        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[table] = vars(root)[table]
-        self.training = root.training
+        super().__init__(root, "HatModel")
         self.__dict__.update({name: hooks for name, hooks in vars(root).items() if name.startswith(_HOOKS)})
-        for name, value in vars(root).items():
-            if name not in self.__dict__ and not hasattr(type(self), name):
-                self.__dict__[name] = value
         self.__dict__.update(
             plan=plan,
-            census=plan.census,
+            census=Census(plan.census),
             s_max=s_max,
             example_inputs=example_inputs,
             uses=plan.uses,
@@ -84,31 +84,39 @@ class HatModel(Learner, fx.GraphModule):
             opened=None,
             known_answers=KnownAnswers(),
             trainable=Trainable({name for name, p in self.named_parameters() if p.requires_grad}),
+            flat_graphs={True: training, False: evaluation},
         )
         for module in self.modules():
             if isinstance(module, PER_TASK):
                 module.choice = self.task_state.choice
         self.task_state.tensor_names, self.task_state.layer_types = tensor_names(self), layer_types(self)
-        self._install({True: training, False: evaluation})
         if training is not evaluation:
             self.__dict__["_mode_readers"] = _mode_readers(root, (training, evaluation))
             self.register_forward_pre_hook(_check_modes)
+        nested, self.census.flat = nest(self, self.flat_graphs)
+        self.install(nested, self.training)
         self.register_load_state_dict_post_hook(after_loading)
         self.settle()
 
     # The graph -------------------------------------------------------------------------------------------------------
 
-    def _install(self, graphs: dict[bool, fx.Graph]) -> None:
-        self.__dict__["_graphs"] = graphs
-        self.select_graph(anew=True)
+    @property
+    def flat_graph(self) -> fx.Graph:
+        """The whole network as one graph, of the current mode."""
+        return self.flat_graphs[self.training]
+
+    def offer(self, interface: Any) -> None:
+        """Give the model the ``methods`` of `interface`, {name: function}; copies and pickles take them along."""
+        self.__dict__["interface"] = interface
+        for name, method in interface.methods.items():
+            setattr(type(self), name, method)
 
     def select_graph(self, anew: bool = False) -> None:
-        """Use the graph of the current mode (most networks have one for both); `anew`: write its code in any case."""
-        graph = self._graphs[self.training]
-        if anew or self.__dict__.get("_graph") is not graph:
-            self.__dict__["_graph"] = graph
-            graph.owning_module = self
-            self.recompile()
+        """Let all parts use the graph of the model's mode; `anew`: write their code in any case."""
+        if anew or self.flat_graphs[True] is not self.flat_graphs[False]:
+            for part in self.modules():
+                if isinstance(part, Part):
+                    part.use_graph(self.training, anew)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A child may have the name of a property; nn.Module would look at the children first.
@@ -121,27 +129,9 @@ class HatModel(Learner, fx.GraphModule):
         super().train(mode)
         if mode:
             release(self)
-        if "_graphs" in self.__dict__:
+        if "flat_graphs" in self.__dict__:
             self.select_graph()
         return self
-
-    def recompile(self) -> Any:
-        """Generate ``forward`` from the graph.
-
-        The original's children keep their names even where those are names of methods here; the generated code
-        reaches such a child through the table it is registered in.
-        """
-        tables = ("_modules", "_parameters", "_buffers")
-        own = {name: table for table in tables for name in self.__dict__[table] if _is_hidden(self, name)}
-        if not own:
-            return super().recompile()
-        pattern = re.compile(rf"\bself\.({'|'.join(map(re.escape, own))})\b")
-
-        def reach_children(lines: list[str]) -> list[str]:
-            return [pattern.sub(lambda m: f"self.{own[m[1]]}[{m[1]!r}]", line) for line in lines]
-
-        with self._graph.on_generate_code(lambda _: reach_children):
-            return super().recompile()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
@@ -157,20 +147,22 @@ class HatModel(Learner, fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> HatModel:
         self.put_right()
         memo.update(computed_tensors(self))
-        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
-        graphs = _copy_graphs(self._graphs, memo)
+        graphs, flat = copy_graphs(self._graphs, memo), copy_graphs(self.flat_graphs, memo)
         before = self.values_before
         saved = None if before is None else {name: tensor.clone() for name, tensor in before.items()}
         built = self.guard is not None and self.guard.is_built
-        return _rebuild(copy.deepcopy(state, memo), graphs, saved, type(self).__name__, built)
+        return _rebuild(copy.deepcopy(self._state(), memo), graphs, flat, saved, type(self).__name__, built)
 
     def __copy__(self) -> HatModel:
         raise HatError("a shallow copy would share the state of the tasks: use copy.deepcopy")
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.put_right()
-        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
-        return _rebuild, (state, _copy_graphs(self._graphs, {}), self.values_before, type(self).__name__)
+        graphs, flat = copy_graphs(self._graphs, {}), copy_graphs(self.flat_graphs, {})
+        return _rebuild, (self._state(), graphs, flat, self.values_before, type(self).__name__)
+
+    def _state(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
 
     def _apply(self, fn: Any, recurse: bool = True) -> HatModel:
         self.put_right()
@@ -188,8 +180,7 @@ class HatModel(Learner, fx.GraphModule):
                 self.__dict__["wrapper_note"] = note
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        if self.guard is not None:
-            self.guard.check(self.training)
+        self.look_after(self.training)
         tasks = self.task_state.choice.of_samples
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
@@ -318,11 +309,6 @@ class HatModel(Learner, fx.GraphModule):
         return task, None
 
 
-def _is_hidden(model: HatModel, name: str) -> bool:
-    """Whether ``model.name`` would not find the child `name`."""
-    return name in model.__dict__ or hasattr(type(model), name)
-
-
 def _check_modes(model: HatModel, inputs: Any) -> None:
     """Where the two modes have graphs of their own, the parts whose code looks at the mode must be in the same one."""
     modules = dict(model.named_modules())
@@ -346,17 +332,10 @@ def _mode_readers(root: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...
     )
 
 
-def _copy_graphs(graphs: dict[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
-    training = copy.deepcopy(graphs[True], memo)
-    return {
-        True: training,
-        False: training if graphs[True] is graphs[False] else copy.deepcopy(graphs[False], memo),
-    }
-
-
 def _rebuild(
     state: dict[str, Any],
     graphs: dict[bool, fx.Graph],
+    flat: dict[bool, fx.Graph],
     saved: dict[str, Tensor] | None,
     name: str,
     built: bool = False,
@@ -364,7 +343,9 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, guard=None, opened=None, known_answers=KnownAnswers())
-    model._install(graphs)
+    model.__dict__.update(state, guard=None, opened=None, known_answers=KnownAnswers(), flat_graphs=flat)
+    model.offer(model.interface)
+    model.install(graphs, model.training)
+    model.select_graph()
     model.guard_anew(saved, built=built)
     return model

@@ -11,6 +11,7 @@ from torch import fx, nn
 from hatify.classify import is_plain
 from hatify.errors import ConversionError
 from hatify.free import check_sizes
+from hatify.nesting import CALLS
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
 from hatify.nn.norms import keeps_features_apart, masked_norm, takes_inside, zero_at_zero
@@ -174,6 +175,7 @@ def _apply(node: fx.Node, planned: MaskedNode, mask: fx.Node, net: nn.Module, pl
     graph = node.graph
     with graph.inserting_after(mask if node.op == "placeholder" else node):
         product = graph.call_function(masked_off if planned.steep else masked, (node, mask, dim))
+    product.meta[CALLS] = node.meta.get(CALLS, ())
     node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
 
 

@@ -372,7 +372,7 @@ def _converted(description: dict[str, Any], tensors: dict[str, Tensor], net: nn.
         if architecture.kind == "timm" and not given:
             from hatify.timm_models import keep_interface
 
-            keep_interface(model, net)
+            keep_interface(model)
         for count, num_classes in description["tasks_added"]:
             model.add_tasks(count, num_classes)
     model.__dict__["origin"] = Origin(**{**vars(model.origin), "architecture": architecture, "arguments": options})

@@ -121,3 +121,10 @@ def _nearest(model: nn.Module, name: str) -> str:
     parts = name.split(".")[:-1]
     paths = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((path for path in paths if path in modules), "the model")
+
+
+def children_of(model: nn.Module) -> nn.Module:
+    """A module with the model's children and parameters, that has no attributes of its own to hide them."""
+    bare = nn.Module()
+    vars(bare).update({table: vars(model)[table] for table in ("_modules", "_parameters", "_buffers", "training")})
+    return bare

@@ -17,7 +17,8 @@ The arguments of `hatify.hatify` (``num_tasks``, which is required, ``example_in
 Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of
 every task. With another number of classes than the weights have, the heads start afresh, as in timm. The converted
 model keeps timm's attributes (``pretrained_cfg``, ``num_features``, …; ``num_classes`` is a tuple where tasks differ in
-it) and ``get_classifier()``, and takes state dictionaries of the original, which is how ``checkpoint_path`` works.
+it) and methods (`hatify.timm_methods`), and takes state dictionaries of the original, which is how
+``checkpoint_path`` works.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from timm.models import (
@@ -41,7 +41,6 @@ from timm.models import (
 
 from hatify.convert import hatify
 from hatify.model import HatModel
-from hatify.nn.per_task import PerTask
 from hatify.nn.state import STATE
 from hatify.weights import OriginalWeights
 
@@ -85,7 +84,7 @@ class EntryPoint:
         # As timm.create_model does it: what the network can be made of again.
         net._model_args = {**getattr(net, "_model_args", {}), **kwargs}
         model = hatify(net, num_classes=per_task, **options)
-        keep_interface(model, net)
+        keep_interface(model)
         return model
 
     def __repr__(self) -> str:
@@ -106,63 +105,17 @@ def _one_per_task(kwargs: dict[str, Any], num_tasks: int) -> tuple[int, ...] | N
 # timm's interface ----------------------------------------------------------------------------------------------------
 
 
-def keep_interface(model: HatModel, net: Any) -> None:
+def keep_interface(model: HatModel) -> None:
     """Give a converted model what timm's own code expects of the network it was made from.
 
-    Attributes that are no methods are there already, but for ``num_classes`` where tasks differ in it. This adds
-    ``get_classifier()``, which answers for the task that is set, and lets the model load state dictionaries of `net`.
-    (What is added refers to parts of the model or to names, never to the model itself, so that copies and pickles take
-    it along.)
+    Attributes are there already, but for ``num_classes`` where tasks differ in it, and so are the methods of
+    `hatify.timm_methods`. This lets the model load state dictionaries of the original.
     """
     classes = model.origin.arguments["num_classes"]
     if isinstance(classes, list):
         model.num_classes = tuple(classes)
     model._register_load_state_dict_pre_hook(OriginalWeights.of(model))
     model.register_load_state_dict_post_hook(_state_may_be_missing)
-    if hasattr(net, "get_classifier"):
-        paths = {id(m): path for path, m in net.named_modules()}
-        found = net.get_classifier()
-        several = isinstance(found, tuple)
-        layers = [Layer.found(model, paths.get(id(m)), m) for m in (found if several else (found,))]
-        model.get_classifier = Classifier(tuple(layers), several)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of a converted model, by its path from one of the model's children; calling it finds the active copy."""
-
-    child: Any
-    path: tuple[str, ...]
-
-    @classmethod
-    def found(cls, model: HatModel, path: str | None, otherwise: Any) -> Layer:
-        """The layer at `path` of the original; `otherwise` if the original has none there."""
-        if not path:
-            return cls(otherwise, ())
-        first, *rest = path.split(".")
-        return cls(model._modules[first], tuple(rest))
-
-    def __call__(self) -> Any:
-        layer = _active(self.child)
-        for name in self.path:
-            layer = _active(getattr(layer, name))
-        return layer
-
-
-def _active(module: Any) -> Any:
-    return module[module.choice.task] if isinstance(module, PerTask) else module
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A converted model's ``get_classifier``: the output layer of the task that is set, or a tuple of them."""
-
-    layers: tuple[Layer, ...]
-    several: bool
-
-    def __call__(self) -> Any:
-        layers = tuple(layer() for layer in self.layers)
-        return layers if self.several else layers[0]
 
 
 def _state_may_be_missing(model: HatModel, incompatible: Any) -> None:

@@ -7,6 +7,7 @@ into one graph that reads the flag when it runs; where they differ in structure,
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import os
@@ -25,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hatify.answers import AnsweringTracer, check_argument, factories_recorded
 from hatify.errors import ConversionError
+from hatify.nesting import CALLS, RETURNED, Call
 from hatify.nn.functional import by_mode
 from hatify.notrace import timm_functions, timm_modules
 from hatify.ops import OPERATIONS
@@ -85,6 +87,13 @@ class HatTracer(AnsweringTracer):
         self.leaf_types = leaf_types
         self.innermost = ""
         self.constants = 0
+        self.calls: tuple[Call, ...] = ()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that knows within which calls of modules it was recorded."""
+        node = super().create_node(*args, **kwargs)
+        node.meta[CALLS] = self.calls
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or isinstance(m, self.leaf_types):
@@ -111,7 +120,14 @@ class HatTracer(AnsweringTracer):
         if self.answering:
             return super().call_module(m, forward, args, kwargs)
         outer, self.innermost = self.innermost, self.path_of_module(m)
-        result = super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, self.innermost):
+            result = super().call_module(m, forward, args, kwargs)
+        else:
+            call, around = Call.of(m, self.innermost, args, kwargs), self.calls
+            self.calls = (*around, call)
+            result = super().call_module(m, forward, args, kwargs)
+            call.returns(result)
+            self.calls = around
         self.innermost = outer
         return result
 
@@ -213,8 +229,11 @@ def _mode_dependent(at: fx.Node, in_training: Any, in_evaluation: Any) -> fx.Nod
         if in_training is True and in_evaluation is False:
             return flag
         if in_training is False and in_evaluation is True:
-            return at.graph.call_function(operator.not_, (flag,))
-        return at.graph.call_function(by_mode, (flag, in_training, in_evaluation))
+            chosen = at.graph.call_function(operator.not_, (flag,))
+        else:
+            chosen = at.graph.call_function(by_mode, (flag, in_training, in_evaluation))
+        chosen.meta[CALLS] = at.meta[CALLS]
+        return chosen
 
 
 def _trace_once(net: nn.Module, arguments: dict[str, Any], leaves: frozenset[str]) -> fx.Graph:
@@ -255,7 +274,7 @@ def _trace_with(tracer: HatTracer, net: nn.Module, arguments: dict[str, Any]) ->
         if parameters[name].kind not in variadic and (value is None or isinstance(value, (bool, int, float, str)))
     }
     try:
-        with _buffers_kept(net, tracer), factories_recorded(tracer):
+        with _buffers_kept(net, tracer), factories_recorded(tracer), _methods_noted(net):
             graph = tracer.trace(net, concrete_args=fixed)
     except ConversionError:
         raise
@@ -318,6 +337,33 @@ def _buffers_kept(net: nn.Module, tracer: HatTracer) -> Iterator[None]:
             "which tracing cannot record; write in place with a tensor method (self.buffer.add_(1)), or put that code "
             "into a module of its own and keep it whole with policies={name: 'per_task'}"
         )
+
+
+@contextmanager
+def _methods_noted(net: nn.Module) -> Iterator[None]:
+    """Within the context, what the methods return that ``forward`` consists of (``forward_features``) is noted."""
+    own = type(net).__mro__[: type(net).__mro__.index(nn.Module)]
+    names = {
+        n for kind in own for n, f in vars(kind).items() if n.startswith("forward_") and isinstance(f, FunctionType)
+    }
+    methods = {name: getattr(net, name) for name in names - vars(net).keys()}
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            if isinstance(result, fx.Proxy):
+                result.node.meta[RETURNED] = (*result.node.meta.get(RETURNED, ()), name)
+            return result
+
+        return call
+
+    vars(net).update({name: noted(name, method) for name, method in methods.items()})
+    try:
+        yield
+    finally:
+        for name in methods:
+            vars(net).pop(name, None)
 
 
 def _register_constant(net: nn.Module, node: fx.Node) -> None:

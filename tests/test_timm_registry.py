@@ -312,7 +312,7 @@ def test_raw_parameters_of_each_task_are_loaded_too():
 
     net = Scaled()
     model = hatify.hatify(net, 2, (torch.randn(2, 12),))
-    hatify.timm_models.keep_interface(model, net)
+    hatify.timm_models.keep_interface(model)
     other = Scaled().requires_grad_(False)
     other.scale.fill_(5.0)
     model.load_state_dict(other.state_dict())

@@ -88,7 +88,7 @@ def convert(
         if architecture.kind == "timm":
             from hatify.timm_models import keep_interface
 
-            keep_interface(result, net)
+            keep_interface(result)
         if found is not None:
             step("loading the weights")
             load_plain_state_dict(result, found.state)

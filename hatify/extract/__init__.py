@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 from hatify.asking import answering, arguments
 from hatify.errors import HatError, HatWarning, TaskError
 from hatify.examples import refusals_named
-from hatify.extract.baking import bake, children_of
+from hatify.extract.baking import bake
 from hatify.extract.cutting import cut
 from hatify.extract.lowering import lower
 from hatify.extract.plain import Plain
 from hatify.model import HatModel
 from hatify.ops.resize import CannotCut
 from hatify.sizes import other_sizes
+from hatify.structure import children_of
 from hatify.support import accepted_sizes, positional
 
 
@@ -63,7 +64,7 @@ def extract_task(
     inputs = arguments(model, example_inputs)
     with refusals_named(model, inputs), answering(model, task):
         inputs = _filling(model, inputs)
-        plain = bake(model, task, positional(model.graph, inputs))
+        plain = bake(model, task, positional(model.flat_graph, inputs))
         if compact:
             plain = _smaller(plain, inputs, task)
     lower(plain)
@@ -108,7 +109,7 @@ class _Fullness(fx.Interpreter):
 
 def _filling(model: HatModel, inputs: Any) -> Any:
     """The inputs, or larger ones of which nothing is empty."""
-    fullness = _Fullness(children_of(model), graph=model.graph)
+    fullness = _Fullness(children_of(model), graph=model.flat_graph)
     if fullness.of(inputs) is not False:
         return inputs
     others = other_sizes(lambda given: fullness.of(given) is not None, inputs)

@@ -31,6 +31,7 @@ from hatify.nn.norms import (
 )
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import STATE, TaskState
+from hatify.structure import children_of
 from hatify.trace import reads_training_flag
 
 _WEIGHT_HOOKS = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}
@@ -60,13 +61,6 @@ def bake(model: HatModel, task: int, inputs: tuple[Any, ...]) -> Plain:
     return baker.plain
 
 
-def children_of(model: HatModel) -> nn.Module:
-    """A module with the model's children and parameters, that has no attributes of its own to hide them."""
-    bare = nn.Module()
-    vars(bare).update({table: vars(model)[table] for table in ("_modules", "_parameters", "_buffers", "training")})
-    return bare
-
-
 def layer_family(module: nn.Module) -> type[HatLayer] | None:
     """The family of a weighted layer that computes what torch's own layer does; None for any other module."""
     family = family_of(module)
@@ -86,10 +80,10 @@ class _Baker(fx.Interpreter):
     """Runs the model's graph, and writes each node anew."""
 
     def __init__(self, model: HatModel, task: int) -> None:
-        super().__init__(children_of(model), graph=model.graph)
+        super().__init__(children_of(model), graph=model.flat_graph)
         self.task = task
-        self.modules = _plain_modules(self.module, model.graph, task)
-        self.plain = Plain(model.graph)
+        self.modules = _plain_modules(self.module, model.flat_graph, task)
+        self.plain = Plain(model.flat_graph)
         self.values: dict[fx.Node, Any] = {}
         self.variants: dict[tuple[str, str | None], nn.Module] = {}
 

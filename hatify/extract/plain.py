@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-#: Names that a GraphModule needs for itself.
-_RESERVED = frozenset(dir(fx.GraphModule({}, fx.Graph())))
+from hatify.nesting import TAKEN
+
 #: What does nothing but read, and can go if nobody reads its result.
 _READING = (getattr, operator.getitem, "size", "dim")
 
@@ -40,7 +40,7 @@ class Plain:
     def store(self, name: str, value: Any) -> str:
         """Keep a module, parameter or buffer under `name`, or under a similar one where that is taken."""
         first, dot, rest = name.partition(".")
-        name = f"{first}_{dot}{rest}" if first in _RESERVED else name
+        name = f"{first}_{dot}{rest}" if first in TAKEN else name
         if any(name.startswith(f"{path}.") for path, held in self.root.items() if isinstance(held, nn.Module)):
             name = name.replace(".", "_")
         free, number = name, 1
