@@ -15,7 +15,7 @@ from hatify.weights import OriginalWeights
 
 
 @dataclass(frozen=True)
-class Part:
+class ConvertedLayer:
     """A layer or raw parameter of the original: its policy, its masked features, its parameters before and after."""
 
     layer: str
@@ -35,7 +35,7 @@ class LayerUse:
     free: int
 
 
-def parts(model: HatModel) -> list[Part]:
+def converted_layers(model: HatModel) -> list[ConvertedLayer]:
     """One row for each part of the original that has parameters, in the network's order."""
     original = OriginalWeights.of(model).original
     after: Counter[str] = Counter()
@@ -47,7 +47,7 @@ def parts(model: HatModel) -> list[Part]:
         rows.setdefault(name if name in model.plan.owners else name.rpartition(".")[0] or name, []).append(name)
     masks = model.masks(0)
     return [
-        Part(
+        ConvertedLayer(
             layer,
             str(entries[names[0]].policy),
             masks[layer].numel() if layer in masks else 0,
@@ -60,7 +60,7 @@ def parts(model: HatModel) -> list[Part]:
 
 def totals(model: HatModel) -> dict[str, int | float]:
     """Parameters of the original and of the converted model, and what each task has of its own."""
-    before = sum(row.before for row in parts(model))
+    before = sum(row.before for row in converted_layers(model))
     own = sum(t.numel() for t in owned_by_tasks(model, [0]) if isinstance(t, nn.Parameter))
     after = sum(parameter.numel() for parameter in model.parameters())
     return {

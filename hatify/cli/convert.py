@@ -19,7 +19,7 @@ from hatify.convert import hatify
 from hatify.errors import CheckpointError
 from hatify.model import HatModel
 from hatify.origin import Architecture, known_to_timm
-from hatify.report import parts, totals
+from hatify.report import converted_layers, totals
 from hatify.saving import check_replaceable, save
 from hatify.weights import load_plain_state_dict
 
@@ -153,7 +153,7 @@ def _sample(shape: list[int], net: nn.Module) -> Tensor:
 
 
 def _print_conversion(model: HatModel, found: Checkpoint | None, out: Path | None, as_json: bool) -> None:
-    rows, sums = parts(model), totals(model)
+    rows, sums = converted_layers(model), totals(model)
     notes: dict[str, Any] = {}
     if found is not None:
         notes = {
