@@ -8,7 +8,6 @@ from types import MethodType
 import pytest
 import timm
 import torch
-from hatify.structure import children_of
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hatify import hatify
 from hatify.nesting import Part
+from hatify.structure import children_of
 
 WIDTH = 6
 
