@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from hatify.answers import check_argument, check_size
 from hatify.classify import detached_copy, is_altered, is_plain
@@ -17,7 +19,7 @@ from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
 from hatify.extract.recording import NormTracer
 from hatify.free import check_sizes
 from hatify.model import HatModel
-from hatify.nn.functional import by_mode, masked, masked_off, view_along
+from hatify.nn.functional import masked, masked_off, view_along
 from hatify.nn.layers import HatLayer, family_of
 from hatify.nn.norms import (
     FEATURE_DIMS,
@@ -34,9 +36,10 @@ from hatify.nn.state import STATE, TaskState
 from hatify.structure import children_of
 from hatify.trace import reads_training_flag
 
-_WEIGHT_HOOKS = {"WeightNorm": nn.utils.remove_weight_norm, "SpectralNorm": nn.utils.remove_spectral_norm}
-#: Functions of numbers that can be carried out once the numbers are known.
-_ARITHMETIC = ("_operator", "operator", "math", "builtins")
+_WEIGHT_HOOKS: dict[type, Any] = {
+    WeightNorm: nn.utils.remove_weight_norm,
+    SpectralNorm: nn.utils.remove_spectral_norm,
+}
 
 
 class MaskedNorm(nn.Module):
@@ -110,8 +113,8 @@ class _Baker(fx.Interpreter):
             return self._guard(*args)
         if node.target is check_sizes:
             return self._guard_sizes(*args)
-        if node.target is by_mode or is_known_number(node, args):
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if known := known_number(node, args, kwargs):
+            return known[0]
         return self.plain.graph.create_node(node.op, node.target, args, kwargs, node.name)
 
     # Guards ----------------------------------------------------------------------------------------------------------
@@ -258,15 +261,15 @@ def _is_mask(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.op == "call_module" and source.target == STATE
 
 
-def is_known_number(node: fx.Node, args: tuple[Any, ...]) -> bool:
-    """Whether a number, or a tuple of sizes, follows from constants."""
-    if not node.all_input_nodes or getattr(node.target, "__module__", "") not in _ARITHMETIC:
-        return False
-    if node.target in (operator.getitem, operator.add) and isinstance(args[0], (tuple, list)):
-        args = args[1:]
+def known_number(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The number, or tuple of sizes, that a function makes of constants; nothing if it makes a tensor, or of values."""
+    given = args[1:] if node.target in (operator.getitem, operator.add) and isinstance(args[0], tuple) else args
     found: list[fx.Node] = []
-    fx.node.map_arg(args, found.append)
-    return not found
+    fx.node.map_arg((given, kwargs), found.append)
+    if node.op != "call_function" or not node.all_input_nodes or found:
+        return []
+    value = node.target(*args, **kwargs)  # type: ignore[operator]
+    return [value] if isinstance(value, (bool, int, float, tuple)) or value is None else []
 
 
 def _plain_modules(children: nn.Module, graph: fx.Graph, task: int) -> dict[str, nn.Module]:
@@ -288,8 +291,8 @@ def _plain_modules(children: nn.Module, graph: fx.Graph, task: int) -> dict[str,
         if parametrize.is_parametrized(module):
             _unparametrize(module)
         for hook in list(module._forward_pre_hooks.values()):
-            if type(hook).__name__ in _WEIGHT_HOOKS:
-                _WEIGHT_HOOKS[type(hook).__name__](module, hook.name)
+            if type(hook) in _WEIGHT_HOOKS:
+                _WEIGHT_HOOKS[type(hook)](module, hook.name)
                 module.get_parameter(hook.name).requires_grad_(False)
     return dict(zip(found, copies, strict=True))
 

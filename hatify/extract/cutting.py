@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Name, everything
-from hatify.extract.baking import MaskedNorm, is_known_number, layer_family
+from hatify.extract.baking import MaskedNorm, known_number, layer_family
 from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
 from hatify.extract.slicing import cut_along, cut_layer, cut_norm
 from hatify.extract.wanted import KeptOf, by_name, completed, named, needed, summed
@@ -196,8 +196,8 @@ class _Writer:
         """Write `node` for operands to which the zeros were given back, and take them out behind it."""
         operands = {n: self._align(n, self._all_of(n)) for n in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
-        if is_known_number(node, args):
-            return node.target(*args, **kwargs), []  # type: ignore[operator]
+        if known := known_number(node, args, kwargs):
+            return known[0], []
         if node.op == "output":
             return self._put("output", node.target, args, kwargs), self.zeros.nonzero[node]
         whole = self._all_of(node)

@@ -10,7 +10,7 @@ from torch import fx, nn
 from hatify.extract.baking import MaskedNorm
 from hatify.extract.plain import DTYPE, NDIM, Plain
 from hatify.extract.recording import NormTracer
-from hatify.nn.norms import NORMS, is_known
+from hatify.nn.norms import NORMS, is_known, is_torchs
 from hatify.ops import Trait, operation_of
 from hatify.ops.registry import Resizing
 
@@ -31,7 +31,7 @@ def _lower_norm(plain: Plain, node: fx.Node) -> None:
     module = plain.root[str(node.target)]
     norm: Any = module.norm if isinstance(module, MaskedNorm) else module
     mask = [module.mask] if isinstance(module, MaskedNorm) else []
-    if not is_known(norm) or (not mask and type(norm).__module__.startswith("torch.")):
+    if not is_known(norm) or (not mask and is_torchs(norm)):
         return
     path = str(node.target)
     x = next(iter((*node.args, *node.kwargs.values())))

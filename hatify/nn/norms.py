@@ -166,6 +166,16 @@ def register_timm() -> None:
                 normalises(kind, dims=channel)(channels_first(NORMS[base]))
 
 
+#: The type for inputs of three dimensions or fewer, for four, and for five.
+_OF_DIMENSIONS: dict[type[nn.Module], tuple[Any, ...]] = {
+    kinds[0]: kinds
+    for kinds in (
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    )
+}
+
+
 class AsModule:
     """What a function is given for a normalisation, under the names that the module has for it.
 
@@ -189,13 +199,15 @@ class AsModule:
 
     def module(self, x: Tensor) -> nn.Module | None:
         """The module that does the same with `x` in evaluation mode; None where there is none."""
-        kind, tracked = self.kind, self.running_mean is not None
+        kind: Any = self.kind
+        tracked = self.running_mean is not None
+        result: Any
         if issubclass(kind, _APART):
             if tracked and self.training:
                 return None  # moves running statistics
-            names = {2: "1d", 3: "1d", 4: "2d", 5: "3d"}
-            kind = getattr(nn, kind.__name__[:-2] + names[x.ndim])
-            result = kind(x.shape[1], self.eps, self.momentum, self.weight is not None, tracked)
+            result = _OF_DIMENSIONS[kind][max(0, x.ndim - 3)](
+                x.shape[1], self.eps, self.momentum, self.weight is not None, tracked
+            )
         elif self.num_groups is not None:
             result = nn.GroupNorm(self.num_groups, x.shape[1], self.eps)
         else:
@@ -244,6 +256,11 @@ def is_known(norm: nn.Module) -> bool:
 def keeps_features_apart(norm: nn.Module) -> bool:
     """Whether each feature is normalised by statistics of its own."""
     return isinstance(norm, _APART)
+
+
+def is_torchs(norm: nn.Module) -> bool:
+    """Whether `norm` is of one of torch's own types."""
+    return getattr(nn, type(norm).__name__, None) is type(norm)
 
 
 def zero_at_zero(norm: Any) -> bool:
