@@ -40,6 +40,17 @@ def nothing_put_back() -> Iterator[None]:
 
 
 @contextmanager
+def layer_norm_by_elementary_operations() -> Iterator[None]:
+    """Without the hand-derived gradient of layer normalisation over active features."""
+
+    def apply(*inputs: Any) -> tuple[torch.Tensor]:
+        return (layer_norm.composite(*inputs),)
+
+    with patch.object(layer_norm._MaskedLayerNorm, "apply", apply):
+        yield
+
+
+@contextmanager
 def nothing_remembered() -> Iterator[None]:
     """Masks are multiplied into the parameters of finished tasks at every pass."""
 
@@ -55,7 +66,7 @@ def nothing_remembered() -> Iterator[None]:
 
 
 def rows(setting: Setting, steps: int) -> Iterator[Row]:
-    """A training step without putting back, an evaluation without remembering."""
+    """A training step without putting back and without the layer norm, an evaluation without remembering."""
     torch.manual_seed(0)
     plain = timm.create_model(setting.model, num_classes=CLASSES).train()
     trainee = Trainee(converted(plain, setting), setting)
@@ -70,6 +81,9 @@ def rows(setting: Setting, steps: int) -> Iterator[Row]:
     what = {"model": setting.model, "optimizer": setting.optimizer, "batch": len(trainee.images)}
     bare = without(nothing_put_back, trainee.train)
     yield {"row": "puts locked entries back", **what, **paired(bare, trainee.train, steps)}
+    if any(isinstance(m, torch.nn.LayerNorm) for m in plain.modules()):
+        composite = without(layer_norm_by_elementary_operations, trainee.train)
+        yield {"row": "layer norm with a hand-derived gradient", **what, **paired(trainee.train, composite, steps)}
     trainee.network.end_task()
     trainee.network.set_task(0)
     evaluation = without(nothing_remembered, trainee.evaluate)

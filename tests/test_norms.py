@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import hatify
-from hatify.nn.layer_norm import masked_layer_norm
+from hatify.nn.layer_norm import _MaskedLayerNorm, composite
 from hatify.nn.norms import NORMS, is_known
 from hatify.nn.per_task import PerTaskNorm
 
@@ -338,20 +338,26 @@ def test_a_subclass_is_known_only_if_it_computes_what_its_base_does() -> None:
 
 
 @given(mask=st.lists(st.floats(0.05, 1), min_size=C, max_size=C), weighted=st.booleans(), biased=st.booleans())
-def test_masks_of_a_layer_norm_learn_and_fixed_ones_give_the_same(
+def test_the_gradients_of_a_masked_layer_norm_are_those_of_its_definition(
     mask: list[float], weighted: bool, biased: bool
 ) -> None:
-    norm = nn.LayerNorm(C, 0.1, elementwise_affine=weighted, bias=biased, dtype=torch.float64)
     a = torch.tensor(mask, dtype=torch.float64, requires_grad=True)
     x = (torch.randn(2, 3, C, dtype=torch.float64) * a.detach()).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a: masked_layer_norm(norm, x, a), (x, a))
-    fixed = masked_layer_norm(norm, x, a.detach())
-    torch.testing.assert_close(fixed, masked_layer_norm(norm, x, a))
-    with torch.no_grad():
-        assert torch.equal(masked_layer_norm(norm, x, a.detach()), fixed)
+    weight = torch.randn(C, dtype=torch.float64, requires_grad=True) if weighted else None
+    bias = torch.randn(C, dtype=torch.float64, requires_grad=True) if biased else None
+
+    def fused(*inputs: Tensor) -> Tensor:
+        return _MaskedLayerNorm.apply(*inputs, weight, bias, 0.1)[0]
+
+    inputs = [t for t in (x, a, weight, bias) if t is not None]
+    grad = torch.randn(2, 3, C, dtype=torch.float64)
+    found = torch.autograd.grad(fused(x, a), inputs, grad)
+    expected = torch.autograd.grad(composite(x, a, weight, bias, 0.1), inputs, grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_masked_layer_norm_can_be_differentiated_twice() -> None:
     a = torch.rand(C, dtype=torch.float64, requires_grad=True)
-    x, norm = torch.randn(3, C, dtype=torch.float64, requires_grad=True), nn.LayerNorm(C, 1e-3, dtype=torch.float64)
-    torch.autograd.gradgradcheck(lambda x, a: masked_layer_norm(norm, x, a), (x, a))
+    x, weight, bias = (torch.randn(*shape, C, dtype=torch.float64, requires_grad=True) for shape in ((3,), (), ()))
+    torch.autograd.gradgradcheck(lambda *inputs: _MaskedLayerNorm.apply(*inputs, 1e-3)[0], (x, a, weight, bias))
