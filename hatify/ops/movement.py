@@ -182,6 +182,27 @@ def moved(call: Call) -> Moves | None:
     return Moves(tuple(sources), tuple(t.shape for t in outs), frozenset(loose), tuple(by_shape))
 
 
+def joined(call: Call) -> Moves | None:
+    """What `moved` finds of tensors that are joined, without running it once for each of them."""
+    given, dim = call.given(0, "tensors"), call.argument(1, "dim", 0)
+    pieces = list(given) if isinstance(given, (tuple, list)) else []
+    values = [call.value_of(piece) for piece in pieces]
+    if not values or not isinstance(dim, int) or any(v.ndim != call.out.ndim or not v.numel() for v in values):
+        return moved(call)
+    shape, first = call.out.shape, 0
+    sources = []
+    for piece, value in zip(pieces, values, strict=True):
+        index = torch.zeros(shape[dim], dtype=torch.int64)
+        index[first : first + value.shape[dim]] = torch.arange(1, value.shape[dim] + 1)
+        first += value.shape[dim]
+        numbers = [torch.arange(1, size + 1) for size in shape]
+        numbers[dim] = index
+        placed = [n.view([-1 if e == d else 1 for e in range(len(shape))]) for d, n in enumerate(numbers)]
+        maps = tuple((placed[d],) if size > 1 else None for d, size in enumerate(value.shape))
+        sources.append(Source(piece, maps, (placed[dim] > 0,)))
+    return Moves(tuple(sources), (shape,))
+
+
 def _read_otherwise(call: Call, ndim: int) -> set[int] | None:
     """The dimensions along which other inputs may be read at other indices than now, or every so many; None: any."""
     if call.node.target is operator.getitem:
@@ -244,7 +265,7 @@ _moving(
     nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     "flip", "tril", "triu", "diagonal", "as_strided", "unfold",
 )  # fmt: skip
-_moving(torch.cat, torch.concat, torch.concatenate, joins=Along(1, "dim", 0))
+_moving(torch.cat, torch.concat, torch.concatenate, joins=Along(1, "dim", 0), cut=joined)
 _moving(torch.hstack, joins=Along(1, "dim", 1))
 _moving(torch.vstack, joins=Along(1, "dim", 0))
 
