@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +45,9 @@ class Converted(nn.Module):
     guard: Guard | None
     opened: OpenTask | None
 
+    @abstractmethod
     def select_graph(self, anew: bool = False) -> None:
         """Use the graph of the current mode; `anew`: write its code in any case."""
-        raise NotImplementedError
 
     @property
     def task_state(self) -> TaskState:

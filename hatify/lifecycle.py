@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hatify import ranks
 from hatify.converted import Converted
 from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError, listed
 from hatify.known import KnownAnswers
 from hatify.lock import Guard, named_tensors
 from hatify.opened import OpenTask
+from hatify.ranks import Note, agree
 from hatify.structure import check_structure
 from hatify.undo import all_or_nothing
 
@@ -27,7 +27,7 @@ class Learner(Converted):
     """
 
     known_answers: KnownAnswers
-    wrapper_note: ranks.Note | None = None
+    wrapper_note: Note | None = None
 
 
 def require_open(model: Learner, call: str) -> tuple[Guard, OpenTask]:
@@ -72,7 +72,7 @@ def end(model: Learner) -> None:
     assert guard is not None
     # Before anything that may raise on one rank alone, where the others would wait for it.
     if model.wrapper_note is not None:
-        ranks.agree(model, guard, model.wrapper_note)
+        agree(model, guard, model.wrapper_note)
         model.__dict__.pop("wrapper_note")
     check_structure(model)
     if changed and not guard.swapping:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hatify import ranks
 from hatify.census import Census
 from hatify.classify import computed_tensors
 from hatify.errors import HatError, TaskError
@@ -20,11 +19,13 @@ from hatify.growth import grow
 from hatify.known import KnownAnswers
 from hatify.lifecycle import Learner, abort, after_loading, begin, end, require_open
 from hatify.mixed import answer_each, check_tasks
-from hatify.nesting import Part, copy_graphs, nest
+from hatify.nesting import nest
 from hatify.nn.folding import release
 from hatify.nn.per_task import PER_TASK
 from hatify.origin import Origin
+from hatify.part import Part, copy_graphs
 from hatify.plan import Plan
+from hatify.ranks import ignore, ignored, notice
 from hatify.regularization import capacity_regularization
 from hatify.structure import check_leaves, check_structure, layer_types, tensor_names
 from hatify.trace import reads_training_flag
@@ -58,7 +59,7 @@ class HatModel(Learner, Part):
     interface: Any
     flat_graphs: dict[bool, fx.Graph]
     _mode_readers: tuple[str, ...]
-    _ddp_params_and_buffers_to_ignore = property(ranks.ignored, ranks.ignore)
+    _ddp_params_and_buffers_to_ignore = property(ignored, ignore)
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class HatModel(Learner, Part):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (wrapper := DistributedDataParallel._active_ddp_module) is not None:
-            note = ranks.notice(self, wrapper, self.wrapper_note)
+            note = notice(self, wrapper, self.wrapper_note)
             if note is not self.wrapper_note:
                 self.__dict__["wrapper_note"] = note
         if torch.compiler.is_compiling():

@@ -10,9 +10,7 @@ same; where that, or anything else, is in the way, its operations stay in the pa
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -21,146 +19,16 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
+from hatify.calls import CALLS, RETURNED, Call
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.per_task import PerTaskTensor
-from hatify.nn.state import STATE
+from hatify.nn.state import looks_up_mask
+from hatify.part import TAKEN, Part
 
-#: The key of ``node.meta`` under which tracing notes the calls that a node was recorded in, the outermost first.
-CALLS = "hatify_calls"
-#: The same for the names of methods of the network (``forward_features``) that have returned the node.
-RETURNED = "hatify_returned_by"
-#: What a part has of the module in whose place it is.
-_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training")
-#: Names that a GraphModule needs for itself.
-TAKEN = frozenset(dir(fx.GraphModule({}, fx.Graph())))
 #: Methods of `torch.nn.Module` that a block may define without its part having to know.
 _HARMLESS = {"__init__", "__call__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WRITABLE = (fx.Node, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-
-
-class Call:
-    """One call of a module while a network is traced.
-
-    Attributes:
-        path: the module's.
-        arguments: nodes, numbers and containers of these, by the names that ``forward`` gives them.
-        result: what it returned, likewise.
-    """
-
-    def __init__(self, path: str, arguments: dict[str, Any]) -> None:
-        self.path, self.arguments = path, arguments
-        self.result: Any = None
-
-    @classmethod
-    def of(cls, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The call ``module(*args, **kwargs)``."""
-        try:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        except (TypeError, ValueError):
-            bound = {}
-        return cls(path, {name: _nodes(value) for name, value in bound.items()})
-
-    def returns(self, result: Any) -> None:
-        """Note what the call has returned."""
-        self.result = _nodes(result)
-
-
-def _nodes(value: Any) -> Any:
-    """`value` with nodes in the place of proxies."""
-    return map_aggregate(value, lambda a: a.node if isinstance(a, fx.Proxy) else a)
-
-
-# Parts ---------------------------------------------------------------------------------------------------------------
-
-
-class Part(fx.GraphModule):
-    """A module of the original as a graph of its own, or as two where it takes other paths in training.
-
-    Args:
-        module: the original, whose children, parameters, buffers and attributes the part takes over.
-        class_name: what the part's class is called.
-    """
-
-    _graphs: dict[bool, fx.Graph]
-
-    def __init__(self, module: nn.Module, class_name: str) -> None:
-        super().__init__(nn.Module(), fx.Graph(), class_name=class_name)
-        for name, value in vars(module).items():
-            if name in _TABLES or (name not in self.__dict__ and not hasattr(type(self), name)):
-                self.__dict__[name] = value
-
-    def install(self, graphs: dict[bool, fx.Graph], mode: bool) -> None:
-        """Run these graphs from now on, {training: graph}."""
-        self.__dict__["_graphs"] = graphs
-        self.use_graph(mode, anew=True)
-
-    def use_graph(self, mode: bool, anew: bool = False) -> None:
-        """Use the graph of a mode (most networks have one for both); `anew`: write its code in any case."""
-        graph = self._graphs[mode]
-        if anew or self.__dict__.get("_graph") is not graph:
-            self.__dict__["_graph"] = graph
-            graph.owning_module = self
-            self.recompile()
-
-    def recompile(self) -> Any:
-        """Generate ``forward`` from the graph.
-
-        The original's children keep their names even where those are names of methods here; the generated code
-        reaches such a child through the table it is registered in.
-        """
-        tables = ("_modules", "_parameters", "_buffers")
-        own = {name: table for table in tables for name in self.__dict__[table] if self._hides(name)}
-        pattern = re.compile(rf"\bself\.({'|'.join(map(re.escape, own))})\b")
-
-        def reach_children(lines: list[str]) -> list[str]:
-            return [pattern.sub(lambda m: f"self.{own[m[1]]}[{m[1]!r}]", line) for line in lines] if own else lines
-
-        with self._graph.on_generate_code(lambda _: reach_children):
-            code = super().recompile()
-        # fx wraps every call in order to print where errors come from; a traceback says the same.
-        del type(self).__call__
-        return code
-
-    def _hides(self, name: str) -> bool:
-        """Whether ``self.name`` would not find the child `name`."""
-        return name in self.__dict__ or hasattr(type(self), name)
-
-    def _recompile_submodules(self) -> list[Any]:
-        return []  # each part is written by itself
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
-        copied = memo[id(self)] = Part.__new__(Part)
-        state = copy.deepcopy(self._state(), memo)
-        return _filled(copied, type(self).__name__, state, copy_graphs(self._graphs, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _part, (type(self).__name__, self._state(), copy_graphs(self._graphs, {}))
-
-    def _state(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_graphs")}
-
-
-def _part(name: str, state: dict[str, Any], graphs: dict[bool, fx.Graph]) -> Part:
-    """A part from what `pickle` kept of it."""
-    return _filled(Part.__new__(Part), name, state, graphs)
-
-
-def _filled(part: Part, name: str, state: dict[str, Any], graphs: dict[bool, fx.Graph]) -> Part:
-    type(part).__name__ = name
-    part.__dict__.update(state)
-    part.install(graphs, part.training)
-    return part
-
-
-def copy_graphs(graphs: Mapping[bool, fx.Graph], memo: dict[int, Any]) -> dict[bool, fx.Graph]:
-    """Copies of the graphs of both modes: one where they are one."""
-    training = copy.deepcopy(graphs[True], memo)
-    same = graphs[True] is graphs[False]
-    return {True: training, False: training if same else copy.deepcopy(graphs[False], memo)}
-
-
-# Nesting -------------------------------------------------------------------------------------------------------------
 
 
 def nest(root: nn.Module, graphs: Mapping[bool, fx.Graph]) -> tuple[dict[bool, fx.Graph], tuple[tuple[str, str], ...]]:
@@ -283,9 +151,7 @@ class _Nesting:
         """Whether a node looks something up, and may as well do so elsewhere."""
         if node.op == "call_module":
             return isinstance(self.names.modules[str(node.target)], PerTaskTensor)
-        source = node.args[0] if node.target is operator.getitem else None
-        is_mask = isinstance(source, fx.Node) and source.op == "call_module" and source.target == STATE
-        return node.op == "get_attr" or is_mask
+        return node.op == "get_attr" or looks_up_mask(node)
 
     def _is_product(self, node: fx.Node) -> bool:
         """Whether a node applies a mask to what has been looked up."""

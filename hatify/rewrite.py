@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from hatify.calls import CALLS
 from hatify.classify import is_plain
 from hatify.errors import ConversionError
 from hatify.free import check_sizes
-from hatify.nesting import CALLS
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.layers import LAYERS, family_of
 from hatify.nn.norms import keeps_features_apart, masked_norm, takes_inside, zero_at_zero

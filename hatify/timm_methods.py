@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from hatify.calls import RETURNED
 from hatify.errors import HatError
 from hatify.model import HatModel
-from hatify.nesting import RETURNED
 from hatify.nn.per_task import PerTask
 from hatify.structure import children_of
 

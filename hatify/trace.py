@@ -25,8 +25,8 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn.modules.batchnorm import _NormBase
 
 from hatify.answers import AnsweringTracer, check_argument, factories_recorded
+from hatify.calls import CALLS, RETURNED, Call
 from hatify.errors import ConversionError
-from hatify.nesting import CALLS, RETURNED, Call
 from hatify.nn.functional import by_mode
 from hatify.notrace import timm_functions, timm_modules
 from hatify.ops import OPERATIONS

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from hatify import hatify
-from hatify.nesting import Part
+from hatify.part import Part
 from hatify.structure import children_of
 
 WIDTH = 6

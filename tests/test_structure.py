@@ -15,7 +15,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 #: The files in which a model's own names are made.
-MODEL = ("hatify.model", "hatify.nesting")
+MODEL = ("hatify.model", "hatify.part")
 
 
 def imports(name):
@@ -26,8 +26,10 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: a relative import"
             for alias in node.names:
-                found = [f for f in (f"{node.module}.{alias.name}", node.module) if f in FILES]
-                yield from found[:1]
+                whole = f"{node.module}.{alias.name}"
+                # A file that is taken from its package takes the package, too, unless it is that package.
+                taken = {whole, node.module} - {name} if whole in FILES else {node.module}
+                yield from taken & FILES.keys()
 
 
 def test_imports_go_one_way():

@@ -32,7 +32,7 @@ from hatify.nn.norms import (
     zero_at_zero,
 )
 from hatify.nn.per_task import PerTask, PerTaskTensor
-from hatify.nn.state import STATE, TaskState
+from hatify.nn.state import TaskState, looks_up_mask
 from hatify.structure import children_of
 from hatify.trace import reads_training_flag
 
@@ -99,7 +99,7 @@ class _Baker(fx.Interpreter):
 
     def _written(self, node: fx.Node, out: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        if _is_mask(node):
+        if looks_up_mask(node):
             return None
         if node.op == "get_attr":
             return self._attribute(node, out)
@@ -173,7 +173,7 @@ class _Baker(fx.Interpreter):
         if self._passes(self.modules[path], given, out):
             return self.values[given]
         looked_up = node.kwargs.get("mask")
-        mask = self.env[looked_up] if isinstance(looked_up, fx.Node) and _is_mask(looked_up) else None
+        mask = self.env[looked_up] if isinstance(looked_up, fx.Node) and looks_up_mask(looked_up) else None
         key = (path, None if mask is None else str(looked_up))
         if key not in self.variants:
             self.variants[key] = self._variant(self.modules[path], mask)
@@ -253,12 +253,6 @@ def _note_mask(node: fx.Node, module: nn.Module, mask: Tensor, ndim: int) -> Non
     """Note where the output of a layer or normalisation is zero."""
     if layer_family(module) is not None or zero_at_zero(module):
         node.meta[MASK] = (mask != 0).view(-1, *(1,) * (ndim - 1 - mask_dim(module, ndim, mask)))
-
-
-def _is_mask(node: fx.Node) -> bool:
-    """Whether a node of a converted model's graph looks a mask up."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.op == "call_module" and source.target == STATE
 
 
 def known_number(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -9,7 +9,6 @@ node is run as it is written, beside its original, at every size there is to try
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -21,20 +20,17 @@ from torch.nn import functional as F
 
 from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Name, everything
-from hatify.extract.baking import MaskedNorm, known_number, layer_family
+from hatify.extract.baking import known_number
 from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
-from hatify.extract.slicing import cut_along, cut_layer, cut_norm
+from hatify.extract.rounding import agree
+from hatify.extract.slicing import cut_along, sliced
 from hatify.extract.wanted import KeptOf, by_name, completed, named, needed, summed
 from hatify.extract.zeros import Zeros, tensors_in
 from hatify.free import Free
-from hatify.nn.norms import FEATURE_DIMS, is_known
 from hatify.ops import operation_of
 from hatify.ops.registry import Resizing, Rewritten
 from hatify.ops.resize import CannotCut, is_cut
 from hatify.support import positional
-
-#: Largest difference that rounding explains in single precision, in units of the largest number in a value.
-ROUNDING = 1e-3
 
 
 def cut(baked: Plain, sizes: Sequence[Any], free: Free) -> Plain:
@@ -167,7 +163,7 @@ class _Writer:
             found, wholes, kept = tensors_in(run.env[value]), tensors_in(whole), self.kept[node]
             # At other sizes there may be more pieces, of which nothing is cut.
             parts = [cut_along(full, kept[i]) if i < len(kept) else full for i, full in enumerate(wholes)]
-            if len(found) != len(parts) or not all(_agree(*pair, given) for pair in zip(found, parts, strict=True)):
+            if len(found) != len(parts) or not all(agree(*pair, given) for pair in zip(found, parts, strict=True)):
                 return False
         return True
 
@@ -278,31 +274,10 @@ class _Writer:
         key = (path, b"".join(str(name).encode() + found[name].numpy().tobytes() for name in names))
         if key not in self.modules:
             module = self.net.get_submodule(path)
-            self.modules[key] = self._sliced(module, found, len(out)) if any(map(is_cut, found.values())) else module
+            self.modules[key] = (
+                sliced(module, found, len(out), self.plain) if any(map(is_cut, found.values())) else module
+            )
         return self.modules[key]
-
-    def _sliced(self, module: Any, found: Mapping[Name, Tensor], ndim: int) -> nn.Module:
-        one = torch.ones(1, dtype=torch.bool)
-        result = module
-        if layer_family(module) is not None:
-            result = copy.deepcopy(module)
-            read = None if isinstance(module, nn.Embedding) else found.get("read", one)
-            cut_layer(result, read, found.get("written", one))
-        elif isinstance(module, MaskedNorm):
-            norm = self._sliced(module.norm, found, ndim)
-            dims = FEATURE_DIMS[type(norm)](norm, ndim)
-            feature = next(d for d in dims if len(found.get(d, one)) == len(module.mask))
-            mask = module.mask[found.get(feature, one)]
-            return norm if mask.all() else MaskedNorm(norm, mask)
-        elif is_known(module) or isinstance(module, nn.PReLU):
-            result = copy.deepcopy(module)
-            dims = range(1, 2) if isinstance(module, nn.PReLU) else FEATURE_DIMS[type(module)](module, ndim)
-            cut_norm(result, [found.get(d, one) for d in dims])
-        for name, parameter in result._parameters.items():
-            before = module._parameters[name]
-            if parameter is not None and before is not None and parameter is not before:
-                result._parameters[name] = self.plain.parameter(before, parameter)
-        return result
 
     # Movements -------------------------------------------------------------------------------------------------------
 
@@ -415,24 +390,3 @@ def _cheapest(wanted: Tensor, operands: Sequence[tuple[int, Tensor, Tensor]]) ->
 
     possible = [left for _, left, _ in operands if is_possible(left)]
     return min((*possible, wanted), key=cost)
-
-
-def _agree(found: Any, expected: Tensor, operands: list[Tensor]) -> bool:
-    """Whether a value is what it should be, but for rounding: of itself, or of large operands that cancel."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not expected.is_floating_point() or not expected.numel():
-        return True
-    rounding = max(ROUNDING, 10 * torch.finfo(expected.dtype).eps)
-    largest = max(_largest(t) for t in (expected, *operands) if t.is_floating_point())
-    if float((found - expected).abs().max()) <= rounding * largest:
-        return True
-    return torch.allclose(found, expected, rounding, rounding * largest, equal_nan=True)
-
-
-def _largest(value: Tensor) -> float:
-    """The largest finite number."""
-    magnitude = value.abs()
-    if not magnitude.isfinite().all():
-        magnitude = magnitude[magnitude.isfinite()]
-    return float(magnitude.max()) if magnitude.numel() else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hatify.nesting import TAKEN
+from hatify.part import TAKEN
 
 #: What does nothing but read, and can go if nobody reads its result.
 _READING = (getattr, operator.getitem, "size", "dim")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hatify.axes import Name
+from hatify.extract.baking import MaskedNorm, layer_family
+from hatify.extract.plain import Plain
+from hatify.nn.norms import FEATURE_DIMS, is_known
 
 
 def cut_layer(layer: Any, read: Tensor | None, written: Tensor) -> None:
@@ -62,3 +68,35 @@ def cut_along(value: Tensor, dims: Sequence[Tensor]) -> Tensor:
         if value.shape[-d] > 1 and not dims[-d].all():
             value = value.index_select(-d, dims[-d].nonzero().squeeze(1).to(value.device))
     return value
+
+
+def sliced(module: Any, found: Mapping[Name, Tensor], ndim: int, plain: Plain) -> nn.Module:
+    """A copy of a module without the features that go.
+
+    Args:
+        module: a layer or normalisation; any other is returned as it is.
+        found: what stays along each name of its axes, bool, shape (size,).
+        ndim: how many dimensions its output has.
+        plain: the network that it is for, where equal parts of one parameter stay one.
+    """
+    one = torch.ones(1, dtype=torch.bool)
+    result = module
+    if layer_family(module) is not None:
+        result = copy.deepcopy(module)
+        read = None if isinstance(module, nn.Embedding) else found.get("read", one)
+        cut_layer(result, read, found.get("written", one))
+    elif isinstance(module, MaskedNorm):
+        norm = sliced(module.norm, found, ndim, plain)
+        dims = FEATURE_DIMS[type(norm)](norm, ndim)
+        feature = next(d for d in dims if len(found.get(d, one)) == len(module.mask))
+        mask = module.mask[found.get(feature, one)]
+        return norm if mask.all() else MaskedNorm(norm, mask)
+    elif is_known(module) or isinstance(module, nn.PReLU):
+        result = copy.deepcopy(module)
+        dims = range(1, 2) if isinstance(module, nn.PReLU) else FEATURE_DIMS[type(module)](module, ndim)
+        cut_norm(result, [found.get(d, one) for d in dims])
+    for name, parameter in result._parameters.items():
+        before = module._parameters[name]
+        if parameter is not None and before is not None and parameter is not before:
+            result._parameters[name] = plain.parameter(before, parameter)
+    return result

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hatify.errors import TaskError
 from hatify.gate import gate
@@ -213,3 +214,9 @@ def initial_embedding(slots: int, init: str | float, device: torch.device, dtype
     if isinstance(init, bool) or not isinstance(init, (int, float)):
         raise ValueError(f"mask_init must be 'dense', 'normal' or a number, not {init!r}")
     return nn.Parameter(torch.full((slots,), float(init), device=device, dtype=dtype))
+
+
+def looks_up_mask(node: fx.Node) -> bool:
+    """Whether a node of a converted model's flat graph looks a mask up."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.op == "call_module" and source.target == STATE

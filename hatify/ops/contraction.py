@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import hatify.ops.resize as resize
 from hatify.axes import Axes
 from hatify.labels import ON, ZERO, is_leaf, unexpanded, varying_dims
 from hatify.nn.connection import Connection
-from hatify.ops import resize
 from hatify.ops.registry import AsLayer, Call, Labels, op, sources
 from hatify.ops.weighted import Read, WeightedCall, as_function, as_product, given, read_as_it_is, with_added
 

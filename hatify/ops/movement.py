@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import hatify.ops.resize as resize
 from hatify.answers import asks
 from hatify.axes import Axes, Moves, Source
 from hatify.labels import ON, ZERO, is_raw, unexpanded, varying_dims
 from hatify.notrace import timm_functions
-from hatify.ops import resize
 from hatify.ops.registry import Along, Call, Labels, Operation, Trait, aligned, alike, behind, constant_labels, op
 
 #: Names of the argument that is moved.
