@@ -59,6 +59,7 @@ def run(weight: float, factor: float | None, clamp: float | None, seed: int, epo
     for task, ((images, labels), _) in enumerate(tasks):
         steps = len(labels) // BATCH
         model.begin_task(task)
+        model.learn_masks()
         rescale(model, task, factor)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         scale = hatify.MaskScale(model, steps=steps)

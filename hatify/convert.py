@@ -25,6 +25,8 @@ from hatify.trace import Traced, bound_arguments, trace
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
 S_MAX = 100.0
+#: What may become of what the network has learned.
+BASES = (None, "locked")
 
 
 def hatify(
@@ -39,6 +41,7 @@ def hatify(
     policies: Mapping[str, str] | None = None,
     clamp: float | None = None,
     mask_inputs: bool = False,
+    base: str | None = None,
 ) -> HatModel:
     """Convert a network into one that learns task after task without forgetting.
 
@@ -65,6 +68,11 @@ def hatify(
             else dimension 1 of an (N, C, H, W, …) and the last dimension of an (N, F) or (N, tokens, F) input.
             An input gets none if the network takes it with other numbers of features, too.
             `HatModel.masks` names it after the argument of ``net.forward``; Equation 5 counts it as a layer.
+        base: ``"locked"``: what `net` has learned is a base for every task. From the first ``begin_task`` on its
+            features are on in all tasks and changed by none, as if a task had ended that has every feature; tasks
+            learn normalisations, which start as the network's, and heads (new ones start at zero). The best start
+            from pretrained weights, and the default where these are known to be (``hatify-convert``, timm's
+            ``pretrained=True``). None: tasks share the features out among themselves, and the first may change all.
 
     Returns:
         A `HatModel`. With every mask on, it computes what `net` computes.
@@ -110,6 +118,10 @@ def convert_by(
 def _own_copy(net: nn.Module, options: dict[str, Any]) -> nn.Module:
     """A copy to be rewritten, once it is clear that `net` can be converted with these `options`."""
     _check_arguments(net, options["num_tasks"], options["num_classes"], options["s_max"])
+    if options.get("base") not in BASES:
+        raise ValueError(f"base must be 'locked' or None, not {options['base']!r}")
+    if options.get("base") and options["mask_inputs"]:
+        raise ValueError("a locked base reads every input, so that mask_inputs=True leaves nothing to choose")
     return detached_copy(net)
 
 
@@ -145,8 +157,10 @@ def _carried_out(
     if classes is not None:
         _check_heads(net, plan)
     like = next(net.parameters(), torch.empty(0))
-    state = TaskState(plan.layout, num_tasks, given["mask_init"], s_max, given["clamp"], like)
-    rewrite_modules(net, plan, num_tasks, classes)
+    # Files of version 0.1 know nothing of bases.
+    locked = given.get("base") == "locked"
+    state = TaskState(plan.layout, num_tasks, given["mask_init"], s_max, given["clamp"], like, locked)
+    rewrite_modules(net, plan, num_tasks, classes, locked)
     net.add_module(STATE, state.train(net.training))
     for graph, planned in zip(traced.graphs, plan.graphs, strict=True):
         rewrite_graph(net, graph, plan, planned.masks)

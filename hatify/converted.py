@@ -7,7 +7,8 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
 from hatify.census import Census
 from hatify.errors import TaskError
@@ -49,6 +50,33 @@ class Converted(nn.Module):
     def select_graph(self, anew: bool = False) -> None:
         """Use the graph of the current mode; `anew`: write its code in any case."""
 
+    def learn_masks(self) -> None:
+        """Have the masks of the open task learned by their gradient, as in the paper.
+
+        Raises:
+            TaskError: no task is open.
+        """
+        if self.opened is None:
+            raise TaskError("learn_masks() needs an open task: call begin_task() first")
+        if not self.task_state.course.learned:
+            self.opened.accept()
+            self.task_state.course.learned = True
+            self.settle()
+            self.opened.learn()
+
+    @property
+    @abstractmethod
+    def flat_graph(self) -> fx.Graph:
+        """The whole network as one graph, of the current mode."""
+
+    @abstractmethod
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """The mean of `values` over all processes that train the open task, in place."""
+
+    @abstractmethod
+    def take(self, features: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """What is to be done when the open task, trained by `optimizer`, has chosen its `features`."""
+
     @property
     def task_state(self) -> TaskState:
         """The module that holds embeddings and masks."""
@@ -71,7 +99,10 @@ class Converted(nn.Module):
 
     @property
     def mask_scale(self) -> float:
-        """s of Equation 1, positive; usually set by `MaskScale`."""
+        """s of Equation 1, positive; usually set by `MaskScale`.
+
+        To set it while a task is open has that task's masks learned by their gradient.
+        """
         return float(self.task_state.scale)
 
     @mask_scale.setter
@@ -79,6 +110,9 @@ class Converted(nn.Module):
         if not 0 < scale < math.inf:
             raise ValueError(f"the mask scale must be positive and finite, not {scale}")
         self.task_state.scale.fill_(scale)
+        if self.opened is not None:
+            self.learn_masks()
+            self.opened.schedule_steps += 1
 
     def check_task(self, task: int) -> None:
         """Raise a `TaskError` unless there is such a task."""
@@ -114,7 +148,7 @@ class Converted(nn.Module):
         if task is not None or any(state.finished):
             guard = Guard(self, state, self.uses, self.constants, task, saved, tensors)
             guard.build() if built or (old is not None and old.is_built) else guard.sample()
-        opened = None if task is None else OpenTask(state, task)
+        opened = None if task is None else OpenTask(self, state, task)
         self.__dict__.update(guard=guard, opened=opened)
         for watcher in standing:
             watcher.disarm()

@@ -18,7 +18,7 @@ from hatify.model import HatModel
 from hatify.nn.per_task import PerTask, PerTaskTensor
 from hatify.nn.state import STATE, initial_embedding
 from hatify.undo import all_or_nothing
-from hatify.weights import OriginalWeights
+from hatify.weights import OriginalWeights, fresh_heads
 
 RESETS = ("random", "original", "zero")
 
@@ -109,13 +109,14 @@ def _check(model: HatModel, task: int, reset: str, original: Any) -> None:
 def belongs_to(model: HatModel, task: int) -> dict[str, Tensor]:
     """The entries that belong to a finished task alone: {name: bool, of the tensor's shape}, for those with any."""
     state = model.task_state
-    others = [t for t in model.finished_tasks if t != task]
+    others = state.owners(besides=task)
     kept = {id(t) for t in owned_by_tasks(model, [t for t in range(model.num_tasks) if t != task])}
     own = {id(t) for t in owned_by_tasks(model, [task])} - kept
     entries = {}
     for name, tensor in named_tensors(model):
         if name in model.uses:
-            used = [locked_entries(model.uses[name], state.finished_masks[t], tensor.shape) for t in ([task], others)]
+            own_masks = state.finished_masks[task : task + 1]
+            used = [locked_entries(model.uses[name], masks, tensor.shape) for masks in (own_masks, others)]
             chosen = used[0] & ~used[1]
         elif id(tensor) in own:
             chosen = torch.ones_like(tensor, dtype=torch.bool)
@@ -135,6 +136,7 @@ class _Values:
         self.model, self.reset = model, reset
         self.embedding = f"{STATE}.embeddings.{task}"
         self.original = None if original is None else _spread(model, original)
+        self.fresh = fresh_heads(model)
         self.initialised: dict[str, Tensor] = {}
         #: The same tensor of another task, one that has learned nothing if there is any.
         self.twins: dict[str, Tensor] = {}
@@ -152,6 +154,8 @@ class _Values:
         state = self.model.task_state
         if name == self.embedding:
             return initial_embedding(state.num_slots, state.mask_init, tensor.device, tensor.dtype)
+        if state.has_base and self.fresh and name.startswith(self.fresh):
+            return torch.zeros_like(tensor)
         if self.original is not None:
             value = self.original.get(name)
             if value is not None and value.shape == tensor.shape:

@@ -37,7 +37,7 @@ def grow(model: Converted, n: int, num_classes: int | Iterable[int] | None) -> N
     first, source = model.num_tasks, _source(model)
     # All heads at first: one that cannot be made leaves everything as it is.
     fresh = {
-        path: list(heads_of_size(path, model.get_submodule(path)[0], classes))  # type: ignore[index]
+        path: list(heads_of_size(path, model.get_submodule(path)[0], classes, model.task_state.has_base))  # type: ignore[index]
         for path in heads
         if classes is not None
     }

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hatify.choosing import LEAST, Course
 from hatify.converted import Converted
 from hatify.errors import CapacityWarning, HatError, HatWarning, TaskError, listed
 from hatify.known import KnownAnswers
 from hatify.lock import Guard, named_tensors
+from hatify.nn.per_task import PER_TASK, owned_by
 from hatify.opened import OpenTask
-from hatify.ranks import Note, agree
+from hatify.pace import depends_on_width, quicken
+from hatify.ranks import Note, agree, mean
 from hatify.structure import check_structure
-from hatify.undo import all_or_nothing
+from hatify.undo import all_or_nothing, values_kept
 
 
 class Learner(Converted):
@@ -29,6 +34,15 @@ class Learner(Converted):
     known_answers: KnownAnswers
     wrapper_note: Note | None = None
 
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """The mean of `values` over all processes that train the open task, in place."""
+        return mean(values, self.wrapper_note)
+
+    def take(self, features: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """What is to be done when the open task, trained by `optimizer`, has chosen its `features`."""
+        if depends_on_width(optimizer):
+            quicken(self, features)
+
 
 def require_open(model: Learner, call: str) -> tuple[Guard, OpenTask]:
     """The guard and the open task.
@@ -41,9 +55,11 @@ def require_open(model: Learner, call: str) -> tuple[Guard, OpenTask]:
     return model.guard, model.opened
 
 
-def begin(model: Learner, task: int) -> None:
+def begin(model: Learner, task: int, budget: float | Mapping[str, float] | None, like: int | None) -> None:
     """What `HatModel.begin_task` does."""
     model.check_task(task)
+    course = Course(budget=_shares(model, budget))
+    _check_example(model, task, like)
     if model.active_task is not None:
         raise TaskError(f"task {model.active_task} is still open: call end_task() or abort_task() first")
     if torch.is_inference_mode_enabled():
@@ -56,12 +72,57 @@ def begin(model: Learner, task: int) -> None:
         model.known_answers.ask(model, besides=task)
         model.task_state.task_before = model.task_state.task
         model.task_state.learning = task
+        # What a finished task has chosen, it keeps if it is reopened.
+        model.task_state.course = replace(course, chosen=model.task_state.finished[task])
         model.task_state.choice.set(task)
         model.settle()
         model.guard_anew()
-        model.mask_scale = model.s_max
+        model.task_state.scale.fill_(model.s_max)
         model.zero_grad(set_to_none=True)
+        if like is not None:
+            _begin_like(model, task, like)
         model.train()
+
+
+def _shares(model: Converted, budget: float | Mapping[str, float] | None) -> dict[str, float] | None:
+    """What a task may keep of what is free: {layer, under the name of its mask: share}; None for the usual share."""
+    if budget is None:
+        return None
+    groups, owners = model.task_state.groups, model.plan.owners
+    given = budget if isinstance(budget, Mapping) else dict.fromkeys(groups, budget)
+    for layer, share in given.items():
+        if owners.get(layer, layer) not in groups:
+            raise ValueError(f"budget: there is no layer {layer!r} with a mask; there are {listed(list(owners))}")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"budget: the share of {layer} must be from 0 to 1, not {share!r}")
+    return {owners.get(layer, layer): float(share) for layer, share in given.items()}
+
+
+def _check_example(model: Learner, task: int, like: int | None) -> None:
+    if like is None:
+        return
+    model.check_task(like)
+    if like == task or like not in model.finished_tasks:
+        finished = ", ".join(map(str, model.finished_tasks)) or "none"
+        raise TaskError(f"like={like}: a task can only begin like another one that is finished ({finished})")
+
+
+@torch.no_grad()
+def _begin_like(model: Learner, task: int, like: int) -> None:
+    """Let the open task read what task `like` reads, and begin with copies of what that one has of its own."""
+    state, pairs = model.task_state, []
+    for module in model.modules():
+        if isinstance(module, PER_TASK):
+            own = list(zip(owned_by(module, like), owned_by(module, task), strict=True))
+            # A head with another number of classes begins afresh.
+            pairs += own if all(old.shape == new.shape for old, new in own) else []
+    on = state.finished_masks[like] | ~state.used(besides=task)
+    e = state.embeddings[task]
+    pairs.append((torch.where(on, e.abs().clamp_min(LEAST), torch.full_like(e, -1)), e))
+    with values_kept(tensor for _, tensor in pairs):
+        for value, tensor in pairs:
+            tensor.copy_(value)
+        model.guard_anew(model.values_before)
 
 
 def end(model: Learner) -> None:
@@ -90,11 +151,15 @@ def end(model: Learner) -> None:
         before = guard.saved(name)
         if before is not None and (~torch.isfinite(tensor) & torch.isfinite(before)).any():
             raise HatError(f"{name} has values that are not finite after training task {task}: call abort_task()")
-    state = model.task_state
-    mask = state.binary(task)
+    state, opened = model.task_state, model.opened
+    assert opened is not None
+    surplus = opened.surplus()
+    mask = state.binary(task) & ~surplus
+    _warn_of_masks(model, opened, surplus)
     _warn_of_empty_layers(model, task, mask)
-    with all_or_nothing(model):
+    with all_or_nothing(model), values_kept([opened.embedding]):
         model.known_answers.compare(model, task, abort)
+        opened.chooser.drop(surplus)
         state.finish(task, mask)
         _close(model)
 
@@ -115,7 +180,7 @@ def abort(model: Learner) -> None:
 
 
 def _close(model: Learner, tensors: dict[str, Tensor] | None = None) -> None:
-    model.task_state.learning = None
+    model.task_state.learning, model.task_state.course = None, Course()
     model.zero_grad(set_to_none=True)
     model.settle()
     model.guard_anew(tensors=tensors)
@@ -131,16 +196,28 @@ def after_loading(model: Learner, incompatible: Any) -> None:
 
 
 def _warn_of_full_layers(model: Learner, task: int) -> None:
-    used = model.task_state.used(besides=task)
-    full = [name for name, (start, stop) in model.task_state.groups.items() if used[start:stop].all()]
+    state = model.task_state
+    used = state.used(besides=task)
+    # Where there is nothing but a base, no task was ever to have features of its own.
+    full = [
+        name
+        for name, (start, stop) in state.groups.items()
+        if used[start:stop].all() and not state.base[start:stop].all()
+    ]
     if full:
         layers = listed(full, "layers")
         message = f"{layers}: no feature is left that is free of finished tasks; task {task} can only reuse them"
         warnings.warn(message, CapacityWarning, stacklevel=4)
 
 
+def _warn_of_masks(model: Learner, opened: OpenTask, surplus: Tensor) -> None:
+    """Warn, once, of all that keeps a task from having learned with the masks it will answer with."""
+    if found := [*opened.doubts(surplus)]:
+        warnings.warn(f"task {opened.task}: {'; '.join(found)}", HatWarning, stacklevel=4)
+
+
 def _warn_of_empty_layers(model: Learner, task: int, mask: Tensor) -> None:
-    forced = mask & (model.task_state.embeddings[task] <= 0)
+    forced = mask & (model.task_state.embeddings[task] <= 0) & ~model.task_state.base
     off = [name for name, (start, stop) in model.task_state.groups.items() if forced[start:stop].any()]
     if off:
         layers = listed(off, "layers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,10 +182,14 @@ class HatModel(Learner, Part):
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         self.look_after(self.training)
+        if self.opened is not None and self.opened.is_by_hand:
+            self.learn_masks()
         tasks = self.task_state.choice.of_samples
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
         outputs = super().__call__(*args, **kwargs)
+        if self.opened is not None and self.training:
+            self.opened.unseen_in_training = False
         if self.opened is not None and self.opened.unseen and torch.is_grad_enabled():
             check_structure(self)
             check_leaves(self, (args, kwargs), outputs)
@@ -194,21 +198,36 @@ class HatModel(Learner, Part):
 
     # Tasks -----------------------------------------------------------------------------------------------------------
 
-    def begin_task(self, task: int) -> None:
+    def begin_task(
+        self,
+        task: int,
+        budget: float | Mapping[str, float] | None = None,
+        like: int | None = None,
+    ) -> None:
         """Open a task for training, and lock what the finished tasks own.
 
-        Switches to training mode and sets the mask scale to ``s_max``. A finished task is reopened: it may change, the
-        others may not. What is frozen stays frozen. Warns with `CapacityWarning`, naming the layers in which finished
-        tasks use every feature.
+        The task reads all that others own. Of what is free it tries everything for a few steps of the optimizer, and
+        then keeps the features that matter most, as many as its budget allows. To make a `MaskScale`, to call
+        `regularization`, or to set embeddings by hand while it is open has its masks learned by their gradient
+        instead, as in the paper. Switches to training mode. A finished task is reopened: it may change, but for its
+        masks; the others may not. What is frozen stays frozen. Warns with `CapacityWarning`, naming the layers in which
+        finished tasks use every feature.
 
         Args:
             task: 0 … num_tasks − 1.
+            budget: the share of what is free in each layer that the task may keep, from 0 to 1: one number, or
+                {name of a layer in `masks`: share}. At least one feature is kept. None, and for layers not named: 1
+                over the number of tasks that are not finished, this one included.
+            like: a finished task whose normalisations and, if it has as many classes, head this one begins with copies
+                of; of what finished tasks own it reads what that one reads. None: as at the conversion, and it reads
+                everything.
 
         Raises:
-            TaskError: another task is open, or there is no such task.
+            TaskError: another task is open, there is no such task, or `like` is not finished.
+            ValueError: another argument is out of range, or names no layer.
             HatError: parameters have been wrapped, removed or added since the conversion.
         """
-        begin(self, task)
+        begin(self, task, budget, like)
 
     def end_task(self) -> None:
         """Close the open task: its masks become binary and fixed. Switches to evaluation mode.
@@ -289,6 +308,8 @@ class HatModel(Learner, Part):
     def regularization(self, per_layer: bool = True, quota: bool = True) -> Tensor:
         """Equation 5 for the open task, a scalar to be added to the loss; see `capacity_regularization`.
 
+        From here on masks are learned by their gradient.
+
         Args:
             per_layer: False counts all features as one layer, the form of Serrà et al. 2018 (their Equation 6).
             quota: subtract 1/T and clamp at zero.
@@ -297,6 +318,7 @@ class HatModel(Learner, Part):
             TaskError: no task is open.
         """
         _, opened = require_open(self, "regularization")
+        self.learn_masks()
         state = self.task_state
         gates = gate(state.embeddings[opened.task], state.scale, state.s_max, state.clamp)
         capacity = opened.capacity if per_layer else opened.capacity_of_all

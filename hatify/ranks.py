@@ -87,9 +87,11 @@ def _check_wrapper(model: Converted, wrapper: DistributedDataParallel, task: int
     names = {id(p): name for name, p in model.named_parameters()}
     reduced = {id(p) for bucket in wrapper.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
     left_alone = {id(p) for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore}
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    # Embeddings are made equal as they are learned (`OpenTask`).
+    trainable = {id(p) for p in model.parameters() if p.requires_grad} - {id(e) for e in model.task_state.embeddings}
     own = {id(t) for t in owned_by_tasks(model, [task])}
     others = {id(t) for t in owned_by_tasks(model, range(model.num_tasks))} - own
+    others |= {id(e) for t, e in enumerate(model.task_state.embeddings) if t != task or not e.requires_grad}
     made_before = f"this DistributedDataParallel wrapper was made before begin_task({task}): "
     if missing := [name for i, name in names.items() if i in trainable - reduced - left_alone]:
         raise TaskError(
@@ -102,6 +104,14 @@ def _check_wrapper(model: Converted, wrapper: DistributedDataParallel, task: int
             f"{made_before}it waits for gradients of {listed(foreign)}, which other tasks own and which get none; "
             f"wrap the model anew after begin_task({task}), for each task, or pass find_unused_parameters=True"
         )
+
+
+def mean(values: Tensor, note: Note | None) -> Tensor:
+    """The mean of `values`, floating point, over all ranks, in place; each of them has to ask."""
+    if note is not None and distributed.is_initialized() and note.group.size() > 1:
+        distributed.all_reduce(values, group=note.group)
+        values /= note.group.size()
+    return values
 
 
 # The end of a task ---------------------------------------------------------------------------------------------------

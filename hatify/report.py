@@ -27,10 +27,14 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class LayerUse:
-    """How many of the features that share a mask each finished task has on, and how many no finished task has."""
+    """How many of the features that share a mask each finished task has on, and how many have no owner.
+
+    `base` of them belong to a locked base.
+    """
 
     layer: str
     features: int
+    base: int
     used: dict[int, int]
     free: int
 
@@ -80,6 +84,7 @@ def capacity(model: HatModel) -> list[LayerUse]:
         LayerUse(
             layer,
             stop - start,
+            int(state.base[start:stop].sum()),
             {task: int(state.finished_masks[task, start:stop].sum()) for task in model.finished_tasks},
             int((~taken[start:stop]).sum()),
         )
@@ -97,12 +102,14 @@ def plot_capacity(model: HatModel, path: Path) -> None:
     figure = Figure(figsize=(max(5.0, 0.22 * len(rows) + 2), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    bottom = [0.0] * len(rows)
-    for i, task in enumerate(model.finished_tasks):
-        earlier = state.finished_masks[list(model.finished_tasks[:i])].any(0)
-        added = state.finished_masks[task] & ~earlier
+    owners = {"base": state.base} if state.has_base else {}
+    owners |= {f"task {task}": state.finished_masks[task] for task in model.finished_tasks}
+    bottom, taken = [0.0] * len(rows), torch.zeros_like(state.base)
+    for label, mask in owners.items():
+        added = mask & ~taken
+        taken |= mask
         heights = [float(added[start:stop].float().mean()) for start, stop in state.groups.values()]
-        axes.bar(range(len(rows)), heights, bottom=bottom, label=f"task {task}")
+        axes.bar(range(len(rows)), heights, bottom=bottom, label=label)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.bar(range(len(rows)), [1 - b for b in bottom], bottom=bottom, color="0.9", label="free")
     axes.set_xticks(range(len(rows)), [row.layer for row in rows], rotation=90, fontsize="x-small")

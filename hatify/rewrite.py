@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from hatify.calls import CALLS
@@ -22,7 +23,9 @@ from hatify.plan import MaskedNode, Plan
 from hatify.policy import OWN, Policy
 
 
-def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Sequence[int] | None) -> None:
+def rewrite_modules(
+    net: nn.Module, plan: Plan, num_tasks: int, num_classes: Sequence[int] | None, on_base: bool
+) -> None:
     """Swap the modules and tensors of `net`, in place: mask-carrying layers, copies per task, heads."""
     memos: list[dict[int, Any]] = [{} for _ in range(num_tasks - 1)]
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -37,7 +40,7 @@ def rewrite_modules(net: nn.Module, plan: Plan, num_tasks: int, num_classes: Seq
             replacement = PerTask(module, memos)
         elif policy is Policy.HEAD:
             assert num_classes is not None
-            replacement = heads_of_size(path, module, num_classes)
+            replacement = heads_of_size(path, module, num_classes, on_base)
         else:
             continue
         replacement.train(module.training)
@@ -70,8 +73,13 @@ def class_counts(num_tasks: int, num_classes: int | Iterable[int] | None) -> lis
     return classes
 
 
-def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int]) -> PerTask:
-    """Freshly initialised heads like `head`, with one number of classes for each task."""
+@torch.no_grad()
+def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int], on_base: bool) -> PerTask:
+    """Freshly initialised heads like `head`, with one number of classes for each task.
+
+    Behind a locked base (`on_base`) they begin at zero: features are good as they are, and what a random head makes of
+    them would have to be unlearned first, which takes Adam hundreds of steps.
+    """
     family = family_of(head)
     if family is None or not is_plain(head, family):
         raise ConversionError(
@@ -80,6 +88,8 @@ def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int]) -> Per
         )
     heads = PerTask(family.resized(head, num_classes[0]), [])
     heads.extend(family.resized(head, classes) for classes in num_classes[1:])
+    for parameter in heads.parameters() if on_base else ():
+        parameter.zero_()
     return heads
 
 

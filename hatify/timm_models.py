@@ -10,9 +10,9 @@ asked for::
     timm.data.resolve_model_data_config(model)
 
 The arguments of `hatify.hatify` (``num_tasks``, which is required, ``example_inputs``, ``heads``, ``mask_init``,
-``couple``, ``s_max``, ``policies``, ``clamp``, ``mask_inputs``) go to the conversion, all others to timm;
+``couple``, ``s_max``, ``policies``, ``clamp``, ``mask_inputs``, ``base``) go to the conversion, all others to timm;
 ``num_classes`` is one number or one for each task. ``timm.create_model`` drops arguments that are None, so
-``heads=[]`` asks for no heads.
+``heads=[]`` asks for no heads. With ``pretrained=True`` the network is a locked base; ``base="none"`` asks for none.
 
 Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of
 every task. With another number of classes than the weights have, the heads start afresh, as in timm. The converted
@@ -77,13 +77,14 @@ class EntryPoint:
             ConversionError: the model cannot be converted.
         """
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        base = options.pop("base", "locked" if pretrained and not options.get("mask_inputs") else "none")
         if "num_tasks" not in options:
             raise TypeError(f"num_tasks is missing: timm.create_model({self.__name__!r}, num_tasks=…)")
         per_task = _one_per_task(kwargs, options["num_tasks"])
         net = model_entrypoint(self.name)(pretrained=pretrained, **kwargs)
         # As timm.create_model does it: what the network can be made of again.
         net._model_args = {**getattr(net, "_model_args", {}), **kwargs}
-        model = hatify(net, num_classes=per_task, **options)
+        model = hatify(net, num_classes=per_task, base=None if base == "none" else base, **options)
         keep_interface(model)
         return model
 

@@ -33,7 +33,9 @@ class Trainable:
         for parameters in _places(model, state):
             for task, (name, parameter) in parameters.items():
                 learns = not state.finished[task] if state.learning is None else state.learning == task
-                self.switched[name] = learns and name in self.names
+                # Where masks are chosen, embeddings are not the optimizer's.
+                chosen = parameter is state.embeddings[task] and state.learning is not None and not state.course.learned
+                self.switched[name] = learns and not chosen and name in self.names
                 parameter.requires_grad_(self.switched[name])
 
     def _notice(self, model: nn.Module, state: TaskState) -> None:

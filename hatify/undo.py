@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from hatify.converted import Converted
 
@@ -26,6 +27,19 @@ def surroundings_kept() -> Iterator[None]:
     except BaseException:
         torch.set_grad_enabled(enabled)
         torch.set_rng_state(numbers)
+        raise
+
+
+@contextmanager
+@torch.no_grad()
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Undo what is written to `tensors` within the context if that is interrupted, by an error or Ctrl-C."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in before:
+            tensor.copy_(value)
         raise
 
 

@@ -102,7 +102,7 @@ def load_plain_state_dict(model: Converted, state_dict: Mapping[str, Tensor]) ->
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(f"{STATE}.")}
     given = dict(state_dict)
     spread(given, "")
-    fresh = _fresh_heads(model)
+    fresh = fresh_heads(model)
     fits = {key for key in own.keys() & given.keys() if _shape(own[key]) == _shape(given[key])}
     check_keys(
         missing=[spread.original(key) for key in own if key not in given and not _may_be_missing(key, fresh)],
@@ -175,7 +175,7 @@ class OriginalWeights:
         return next((place for place in ancestors if place in self.per_task), None)
 
 
-def _fresh_heads(model: Converted) -> tuple[str, ...]:
+def fresh_heads(model: Converted) -> tuple[str, ...]:
     """Prefixes of the output layers that were made afresh, each with a number of classes of its own."""
     if model.origin.arguments["num_classes"] is None:
         return ()

@@ -223,7 +223,7 @@ def test_parameters_that_are_locked_as_a_whole_get_no_gradient():
     for name in model.uses:
         grad = model.get_parameter(name).grad
         assert grad is None or not grad.any()
-    assert (model.task_state.embeddings[1].grad != 0).any()
+    assert (model.task_state.probe.grad != 0).any()
 
 
 def test_nothing_is_locked_while_no_task_is_finished():

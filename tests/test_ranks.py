@@ -15,7 +15,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hatify import HatError, HatModel, HatWarning, TaskError
+from hatify import HatError, HatModel, HatWarning, MaskScale, TaskError
+from hatify.choosing import TRIAL
 from hatify.lock import named_tensors
 from small import answers, converted, images, learn, same, same_state
 
@@ -225,6 +226,51 @@ def reopened(rank):
 
 def test_a_reopened_task(run):
     run(reopened)
+
+
+def chooses(rank, nested):
+    model = converted()
+    for task in range(3):
+        model.begin_task(task)
+        call = wrap(model, nested)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for seed in range(TRIAL + 2):
+            optimizer.zero_grad()
+            call(data(rank, seed)).square().mean().backward()
+            optimizer.step()
+            masks = everywhere(model.task_state.embeddings[task].detach())
+            assert torch.equal(*masks), f"after step {seed + 1}"
+        assert model.task_state.course.chosen
+        model.end_task()
+        assert agreed(model)
+    assert model.task_state.used().all()
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["direct", "nested"])
+def test_all_ranks_choose_the_same_features(run, nested):
+    run(chooses, nested)
+
+
+def learns_masks_once_wrapped(rank, nested):
+    model = converted()
+    model.begin_task(0)
+    call = wrap(model, nested)
+    scale = MaskScale(model, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in range(4):
+        optimizer.zero_grad()
+        (call(data(rank, seed)).square().mean() + 0.1 * model.regularization()).backward()
+        optimizer.step()
+        scale.step()
+        assert torch.equal(*everywhere(model.task_state.embeddings[0].detach()))
+    assert (model.task_state.embeddings[0] != 1).any()
+    model.end_task()
+    assert agreed(model)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["direct", "nested"])
+def test_masks_that_are_learned_by_a_wrapper_that_was_made_before(run, nested):
+    run(learns_masks_once_wrapped, nested)
 
 
 def gradients_accumulate(rank):

@@ -50,6 +50,9 @@ def convert(
     ] = None,
     mask_init: Annotated[str, typer.Option(help="Initial embeddings: dense, normal, or a number.")] = "dense",
     heads: Annotated[str, typer.Option(help="The output layers: auto, none, or NAME,NAME,…")] = "auto",
+    base: Annotated[
+        str, typer.Option(help="What the weights are: a locked base that every task reads and none changes, or none.")
+    ] = "locked",
     input_shape: Annotated[
         str | None, typer.Option(help="The shape of one sample, like 3,224,224.", metavar="N,N,…")
     ] = None,
@@ -83,6 +86,7 @@ def convert(
             num_classes=classes[0] if classes and len(classes) == 1 else classes,
             heads={"auto": "auto", "none": None}.get(heads, heads.split(",")),
             mask_init=mask_init if mask_init in ("dense", "normal") else _number("--mask-init", mask_init),
+            base=_base(base),
         )
         result.__dict__["origin"] = replace(result.origin, architecture=architecture)
         if architecture.kind == "timm":
@@ -137,6 +141,12 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     if not numbers or min(numbers) < 1:
         raise CheckpointError(f"{option} {text!r}: expected positive integers, separated by commas")
     return numbers
+
+
+def _base(text: str) -> str | None:
+    if text not in ("locked", "none"):
+        raise CheckpointError(f"--base {text!r}: expected locked or none")
+    return None if text == "none" else text
 
 
 def _number(option: str, text: str) -> float:

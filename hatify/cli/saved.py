@@ -57,6 +57,10 @@ def inspect(
     opened = "none" if model.active_task is None else model.active_task
     console.print(f"tasks: {model.num_tasks}; finished: {finished}; open: {opened}")
     console.print(f"features in use: {used:,} of {state.num_slots:,} ({used / total:.1%})")
+    if state.has_base:
+        console.print(
+            f"of these, {int(state.base.sum()):,} are a locked base: every task reads them, none changes them"
+        )
 
 
 def verify(out: Out, factory: Factory = None, factory_arg: FactoryArg = None, as_json: Json = False) -> None:

@@ -60,10 +60,10 @@ class Guard:
         self.tensors = dict(named_tensors(model)) if tensors is None else tensors
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.finished = {t: state.finished_masks[t].clone() for t in others}
-        self.masks = state.finished_masks[others]
-        self.uses = {name: of for name, of in uses.items() if others and name in self.tensors}
+        self.masks = state.owners(besides=task)
+        self.uses = {name: of for name, of in uses.items() if len(self.masks) and name in self.tensors}
         owned = {id(t) for t in owned_by_tasks(model, others)} if others else set()
-        kept = {*constants, f"{STATE}.finished_masks"} if others else set()
+        kept = {*constants, f"{STATE}.finished_masks"} if len(self.masks) else set()
         self.owned = [name for name, t in self.tensors.items() if id(t) in owned or name in kept]
         #: Until there is a copy: what it is to be made of.
         self._given = saved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container
+from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Any, Protocol
 
@@ -14,10 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 class Watcher(Protocol):
     """What is told of steps."""
 
-    def before_step(self, held: Container[int]) -> None:
+    def before_step(self, held: AbstractSet[int]) -> None:
         """Parameters with the identities `held` are going to be updated."""
 
-    def after_step(self, optimizer: torch.optim.Optimizer, held: Container[int]) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, held: AbstractSet[int]) -> None:
         """They have been, by `optimizer`."""
 
 

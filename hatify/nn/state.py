@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from hatify.choosing import Course
 from hatify.errors import TaskError
 from hatify.gate import gate
 from hatify.nn.choice import Choice
@@ -26,16 +28,19 @@ class TaskState(nn.Module):
     """Holds one embedding per feature and task, and yields the masks of the task that is set.
 
     Calling it returns ``{name: mask}`` with masks of shape (features,) in [0, 1]: soft ones, Equation 1, for the task
-    that is learning in training mode, binary ones otherwise.
+    whose masks are being learned in training mode, binary ones otherwise.
 
     Attributes:
         embeddings: e of each task, shape (slots,).
         finished_masks: the binary masks of finished tasks, bool, shape (tasks, slots).
         finished: whether each task is finished.
+        base: features of a locked base, bool, shape (slots,): on in every task, and changed by none.
         scale: s, a scalar.
         choice: which task answers.
         learning: the task that is open for training, or None.
         task_before: the task that was set when it was opened.
+        course: how it comes to its masks.
+        probe: zeros that are added to its gates, shape (slots,), whose gradient says how much each gate matters.
         tensor_names: of every parameter and buffer of the model.
         layer_types: of the layers that conversion has replaced, by path.
     """
@@ -43,6 +48,7 @@ class TaskState(nn.Module):
     finished_masks: Tensor
     scale: Tensor
     layer: Tensor
+    base: Tensor
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class TaskState(nn.Module):
         s_max: float,
         clamp: float | None,
         like: Tensor,
+        base: bool = False,
     ) -> None:
         super().__init__()
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
@@ -69,12 +76,17 @@ class TaskState(nn.Module):
         layers = [torch.full((stop - start,), i) for i, (start, stop) in enumerate(layout.groups.values())]
         layer = torch.cat(layers) if layers else torch.empty(0, dtype=torch.int64)
         self.register_buffer("layer", layer.to(like.device), persistent=False)
+        self.register_buffer("base", torch.full((self.num_slots,), base, device=like.device), persistent=False)
         self.index_names = tuple(layout.indices)
         for i, index in enumerate(layout.indices.values()):
             self.register_buffer(f"index_{i}", index.to(like.device), persistent=False)
+        #: Whether any feature belongs to a locked base; as an attribute, so that no value need be looked at.
+        self.has_base = base
         self.choice = Choice()
         self.learning: int | None = None
         self.task_before = 0
+        self.course = Course()
+        self.probe = torch.empty(0)
         self.tensor_names: frozenset[str] = frozenset()
         self.layer_types: dict[str, type] = {}
         #: The masks of finished tasks, and from which binary ones they were made.
@@ -104,7 +116,10 @@ class TaskState(nn.Module):
         return masks
 
     def gates(self) -> Tensor:
-        """The flat vector of all gates of the task that is set, shape (slots,)."""
+        """The flat vector of all gates of the task that is set, shape (slots,).
+
+        Those of the open task in training mode are the soft ones of Equation 1 if its masks are learned.
+        """
         embedding = self.embeddings[self.task]
         if self.training:
             if self.learning is None:
@@ -114,18 +129,21 @@ class TaskState(nn.Module):
                     f"task {self.learning} is learning, but task {self.task} is set: call eval() before asking another "
                     "task, or set_task() to return"
                 )
-            return gate(embedding, self.scale, self.s_max, self.clamp)
+            if self.course.learned:
+                learned = gate(embedding, self.scale, self.s_max, self.clamp)
+                return torch.where(self.base, 1.0, learned) if self.has_base else learned
+            return self.binary(self.task).to(embedding.dtype) + self.probe
         return self.binary(self.task).to(embedding.dtype)
 
     def binary(self, task: int) -> Tensor:
         """The binary mask of a task, bool, shape (slots,): fixed once it is finished, 1[e > 0] before.
 
-        Where a whole layer would be off, its feature with the largest embedding stays on.
+        A locked base is on. Where a whole layer would be off, its feature with the largest embedding stays on.
         """
         if self.finished[task] and self.learning != task:
             return self.finished_masks[task]
         embedding = self.embeddings[task].detach()
-        on = embedding > 0
+        on = (embedding > 0) | self.base
         layers = len(self.groups)
         largest = embedding.new_full((layers,), -torch.inf).scatter_reduce(0, self.layer, embedding, "amax")
         any_on = embedding.new_zeros(layers).scatter_reduce(0, self.layer, on.to(embedding.dtype), "amax")
@@ -143,10 +161,18 @@ class TaskState(nn.Module):
                 masks[name] = chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.amax(1)
         return masks
 
-    def used(self, besides: int | None = None) -> Tensor:
-        """Slots that finished tasks have on, bool, shape (slots,); `besides` is left out."""
+    def owners(self, besides: int | None = None) -> Tensor:
+        """The masks of all that owns features, bool, shape (owners, slots): finished tasks, and a locked base.
+
+        The task `besides` is left out.
+        """
         counted = [task for task, done in enumerate(self.finished) if done and task != besides]
-        return self.finished_masks[counted].any(0)
+        masks = self.finished_masks[counted]
+        return torch.cat((masks, self.base.unsqueeze(0))) if self.has_base else masks
+
+    def used(self, besides: int | None = None) -> Tensor:
+        """Slots that have an owner, bool, shape (slots,); the task `besides` is left out."""
+        return self.owners(besides).any(0)
 
     def finish(self, task: int, mask: Tensor) -> None:
         """Fix the masks of a task."""
@@ -171,6 +197,7 @@ class TaskState(nn.Module):
             "learning": self.learning,
             "task_before": self.task_before,
             "finished": list(self.finished),
+            "course": asdict(self.course),
         }
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
@@ -178,6 +205,8 @@ class TaskState(nn.Module):
         self.choice.set(progress["task"])
         self.learning, self.task_before = progress["learning"], progress["task_before"]
         self.finished = list(progress["finished"])
+        # Before there was a choice, masks were learned.
+        self.course = Course(**progress.get("course", {"learned": True}))
         self._constant_masks.clear()
 
     def get_extra_state(self) -> Tensor:
@@ -198,7 +227,16 @@ class TaskState(nn.Module):
             return self.set_progress(state)
         learning, task, before = (row.nonzero()[:1].sum().item() if row.any() else None for row in state[1:])
         finished = state[0].tolist()
-        self.set_progress({"task": task or 0, "learning": learning, "task_before": before or 0, "finished": finished})
+        course = asdict(self.course) if learning == self.learning else {"learned": learning is not None}
+        self.set_progress(
+            {
+                "task": task or 0,
+                "learning": learning,
+                "task_before": before or 0,
+                "finished": finished,
+                "course": course,
+            }
+        )
 
 
 def initial_embedding(slots: int, init: str | float, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
