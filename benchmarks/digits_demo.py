@@ -59,7 +59,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("digits_demo.png"), help="picture (%(default)s)")
     parser.add_argument("--figures", type=Path, help="JSON file for accuracies and features in use")
-    parser.add_argument("--clamp", type=float, help="of |s·e| in Equation 3 (default: none)")
     parser.add_argument("--fast", action="store_true", help="one epoch per task: shows that it runs, no more")
     args = parser.parse_args()
     epochs = 1 if args.fast else args.epochs
@@ -67,11 +66,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     train, test = digit_tasks(args.seed)
     net = timm.create_model(args.model, pretrained=False, in_chans=1, num_classes=10)
-    # Steeper than usual: gradients of the masks grow with s_max, and seventy steps a task are few for layers of up to
-    # 512 features.
-    model = hatify.hatify(
-        net, NUM_TASKS, example_inputs=(train[0][0][:2],), num_classes=2, s_max=400.0, clamp=args.clamp
-    )
+    model = hatify.hatify(net, NUM_TASKS, example_inputs=(train[0][0][:2],), num_classes=2)
     record = Record([f"{2 * task}/{2 * task + 1}" for task in range(NUM_TASKS)], test)
 
     console = Console()
@@ -83,27 +78,23 @@ def main() -> int:
             steps = len(labels) // BATCH_SIZE
             model.begin_task(task)
             model.train()
-            # Masks start at 1 and must be able to reach 0 within some seventy steps: plain SGD's strides are in
-            # proportion to the gradient, Adam's are of one length, and a length that suits weights is too short.
             optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_LR, momentum=0.9)
             rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps)
-            scale = hatify.MaskScale(model, steps=steps, schedule="cosine")
             for epoch in range(epochs):
                 progress.update(bar, description=f"digits {record.names[task]}, epoch {epoch + 1}/{epochs}")
                 for batch in torch.randperm(len(labels))[: steps * BATCH_SIZE].split(BATCH_SIZE):
-                    loss = F.cross_entropy(model(images[batch]), labels[batch]) + 0.75 * model.regularization()
+                    loss = F.cross_entropy(model(images[batch]), labels[batch])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     rate.step()
-                    scale.step()
                     progress.advance(bar)
             model.end_task()
             record.task_ended(model, task)
             console.print(record.table())
 
     if args.figures is not None:
-        args.figures.write_text(json.dumps({"s_max": 400, "clamp": args.clamp, **record.as_dict()}, indent=1) + "\n")
+        args.figures.write_text(json.dumps(record.as_dict(), indent=1) + "\n")
     record.plot(args.output, f"{args.model} on digits, two at a time")
     console.print(f"{100 * record.used_so_far[-1]:.0f} % of all features are in use. Picture: {args.output}")
     if not record.nothing_forgotten:

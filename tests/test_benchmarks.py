@@ -40,8 +40,26 @@ def test_selective_forgetting_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(DATA is None, reason="set HATIFY_DATA to a folder with CIFAR-10, see benchmarks/cifar10.py")
+def test_learning_runs_and_goes_on_where_it_was(tmp_path):
+    options = ("--data", DATA, "--settings", "resnet20_adamw", "omniglot_adamw", "--seeds", "0")
+    some = run("learning", tmp_path / "figures.json", *options, "--methods", "hatify", "separate")
+    assert some.returncode == 0, some.stderr
+    before = json.loads((tmp_path / "figures.json").read_text())["cells"]
+    assert len(before) == 4
+    rest = run("learning", tmp_path / "figures.json", *options, "--methods", "hatify", "joint", "fine_tuning", "frozen")
+    assert rest.returncode == 0, rest.stderr
+    cells = json.loads((tmp_path / "figures.json").read_text())["cells"]
+    assert len(cells) == 9 and all(cell in cells for cell in before)
+
+
 @pytest.mark.parametrize(
-    ("script", "options"), [("selective_forgetting", ()), ("pretrained", ("--checkpoint", "none.th"))]
+    ("script", "options"),
+    [
+        ("selective_forgetting", ()),
+        ("pretrained", ("--checkpoint", "none.th")),
+        ("learning", ("--settings", "resnet18_sgd")),
+    ],
 )
 def test_missing_data_is_one_line_and_status_2(script, options, tmp_path):
     done = run(script, tmp_path / "figures.json", "--data", str(tmp_path), *options)
