@@ -72,8 +72,9 @@ def begin(model: Learner, task: int, budget: float | Mapping[str, float] | None,
         model.known_answers.ask(model, besides=task)
         model.task_state.task_before = model.task_state.task
         model.task_state.learning = task
-        # What a finished task has chosen, it keeps if it is reopened.
-        model.task_state.course = replace(course, chosen=model.task_state.finished[task])
+        # What a finished task has chosen, it keeps if it is reopened and nothing else is asked for.
+        chosen = model.task_state.finished[task] and budget is None and like is None
+        model.task_state.course = replace(course, chosen=chosen)
         model.task_state.choice.set(task)
         model.settle()
         model.guard_anew()

@@ -188,8 +188,6 @@ class HatModel(Learner, Part):
         if tasks is not None:
             return answer_each(self, tasks, args, kwargs)
         outputs = super().__call__(*args, **kwargs)
-        if self.opened is not None and self.training:
-            self.opened.unseen_in_training = False
         if self.opened is not None and self.opened.unseen and torch.is_grad_enabled():
             check_structure(self)
             check_leaves(self, (args, kwargs), outputs)
@@ -210,8 +208,8 @@ class HatModel(Learner, Part):
         then keeps the features that matter most, as many as its budget allows. To make a `MaskScale`, to call
         `regularization`, or to set embeddings by hand while it is open has its masks learned by their gradient
         instead, as in the paper. Switches to training mode. A finished task is reopened: it may change, but for its
-        masks; the others may not. What is frozen stays frozen. Warns with `CapacityWarning`, naming the layers in which
-        finished tasks use every feature.
+        masks, unless `budget` or `like` are given; the others may not. What is frozen stays frozen. Warns with
+        `CapacityWarning`, naming the layers in which finished tasks use every feature.
 
         Args:
             task: 0 … num_tasks − 1.

@@ -47,8 +47,8 @@ class OpenTask:
         self.task, self.state, self.model = task, state, weakref.ref(model)
         #: Whether it had been finished before.
         self.was_finished = state.finished[task]
-        #: Whether it is still to be called for the first time; and in training mode.
-        self.unseen = self.unseen_in_training = True
+        #: Whether it is still to be called for the first time.
+        self.unseen = True
         #: How many steps optimizers have taken, and how often a `MaskScale` has set the scale.
         self.steps = self.schedule_steps = 0
         self.embedding = state.embeddings[task]
@@ -116,8 +116,8 @@ class OpenTask:
             if surplus.any():
                 yield "no step of an optimizer of torch.optim was seen, so that features were chosen by one gradient"
             return
-        if self.unseen_in_training:
-            yield "the model was in evaluation mode whenever it was asked: call train() before training"
+        if not (course.learned or course.chosen or course.steps):
+            yield "it keeps every feature, since the model was in evaluation mode at every step: call train() first"
         elif surplus.any():
             yield (
                 f"it ended after {course.steps} of the {TRIAL} steps for which all features are tried, and "
@@ -127,7 +127,7 @@ class OpenTask:
             return
         cure = "leave out MaskScale and regularization(), and masks are chosen"
         if torch.equal(e, self.before):
-            yield f"its masks never moved: give the optimizer model.parameters(), or {cure}"
+            yield f"its masks never moved: give the optimizer model.parameters(), train in training mode, or {cure}"
         elif self.schedule_steps == 1 and self.steps > 1:
             yield "the mask scale was set only once: call step() on the MaskScale after every batch"
         gates = torch.sigmoid(self.state.s_max * e)

@@ -187,6 +187,18 @@ def test_a_reopened_task_keeps_its_masks(model: HatModel) -> None:
     assert all(torch.equal(mask, before[name]) for name, mask in model.masks(0).items())
 
 
+@pytest.mark.parametrize(("again", "expected"), [({"budget": 0.2}, 0), ({"like": 1}, 5)])
+def test_a_reopened_task_chooses_again_if_that_is_asked_for(model: HatModel, again, expected: int) -> None:
+    for task, how in ((0, {}), (1, {}), (0, again)):
+        model.begin_task(task, **how)
+        others = model.task_state.used(besides=task)
+        train(model, adamw(model), TRIAL)
+        model.end_task()
+    # The task that came after it reads, and so owns, all that it had.
+    new = model.task_state.finished_masks[0] & ~others
+    assert [int(new[slice(*place)].sum()) for place in model.task_state.groups.values()] == [expected] * 2
+
+
 # Which ----------------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +416,19 @@ def test_a_task_that_learned_nothing_keeps_everything_and_nothing_is_said(model:
     model.begin_task(0)
     assert not ended(model)
     assert model.task_state.finished_masks[0].all()
+
+
+def test_a_compiled_model_chooses_as_well_and_nothing_is_said(model: HatModel) -> None:
+    twin = copy.deepcopy(model)
+    for each, call in ((model, model), (twin, torch.compile(twin, backend="aot_eager", fullgraph=True))):
+        each.begin_task(0)
+        optimizer = adamw(each)
+        for x, y in batches(TRIAL + 2):
+            optimizer.zero_grad()
+            F.cross_entropy(call(x), y).backward()
+            optimizer.step()
+        assert not ended(each)
+    assert torch.equal(model.task_state.finished_masks, twin.task_state.finished_masks)
 
 
 def test_optimizers_that_are_not_torchs_are_told_of(model: HatModel) -> None:

@@ -89,7 +89,7 @@ class TaskState(nn.Module):
         self.probe = torch.empty(0)
         self.tensor_names: frozenset[str] = frozenset()
         self.layer_types: dict[str, type] = {}
-        #: The masks of finished tasks, and from which binary ones they were made.
+        #: The masks of tasks that do not change, and what they were made of.
         self._constant_masks: dict[int, tuple[Tensor, int, dict[str, Tensor]]] = {}
 
     @property
@@ -98,22 +98,26 @@ class TaskState(nn.Module):
         return self.choice.task
 
     def forward(self) -> dict[str, Tensor]:
-        if self.training or not self.finished[self.task] or self.learning == self.task:
-            return self.masks_from(self.gates())
-        binary, masks = self.finished_masks, None
-        if not can_be_remembered() or binary.is_inference():
+        fixed, masks = self._fixed_by(), None
+        if fixed is None or not can_be_remembered() or fixed.is_inference():
             return self.masks_from(self.gates())
         if self.task in self._constant_masks:
             # Another state of the module may be at work for this call: `torch.func.functional_call`.
             source, version, masks = self._constant_masks[self.task]
-            masks = masks if source is binary and version == binary._version else None
+            masks = masks if source is fixed and version == fixed._version else None
         if masks is None:
             # Not as inference tensors: the same masks may be needed for gradients later.
             with torch.inference_mode(False), torch.no_grad():
                 masks = self.masks_from(self.gates())
             if all(type(mask) is Tensor for mask in masks.values()):
-                self._constant_masks[self.task] = binary, binary._version, masks
+                self._constant_masks[self.task] = fixed, fixed._version, masks
         return masks
+
+    def _fixed_by(self) -> Tensor | None:
+        """What the masks are made of and do not change without, if they take no gradient."""
+        if self.learning == self.task:
+            return self.embeddings[self.task] if self.course.chosen and not self.course.learned else None
+        return self.finished_masks if self.finished[self.task] and not self.training else None
 
     def gates(self) -> Tensor:
         """The flat vector of all gates of the task that is set, shape (slots,).
