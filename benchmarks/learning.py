@@ -276,8 +276,17 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.steps: list[float] = []
 
-    def train(self, net: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor]) -> None:
-        """README's loop, with a rate that falls to zero along a cosine."""
+    def train(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: tuple[Tensor, Tensor],
+        among: Callable[[Tensor, Tensor], Tensor] = lambda logits, rows: logits,
+    ) -> None:
+        """README's loop, with a rate that falls to zero along a cosine.
+
+        `among` makes of logits those that the samples of these rows choose among.
+        """
         images, labels = data
         batch = min(BATCH, len(labels))
         steps = len(labels) // batch
@@ -286,7 +295,7 @@ class Trainer:
             for rows in torch.randperm(len(labels), generator=self.generator)[: steps * batch].split(batch):
                 x = self.setting.prepare(images[rows], self.generator)
                 begun = time.perf_counter()
-                loss = F.cross_entropy(net(x), labels[rows])
+                loss = F.cross_entropy(among(net(x), rows), labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -412,22 +421,10 @@ def joint(trainer: Trainer, tasks: list[Task], args: argparse.Namespace) -> Outc
     labels = torch.cat([task.train[1] + int(first) for task, first in zip(tasks, firsts[:-1], strict=True)])
     task_of_class = torch.cat([torch.full((task.classes,), t) for t, task in enumerate(tasks)])
 
-    def within(x: Tensor, rows: Tensor) -> Tensor:
-        return net(x).masked_fill(task_of_class != of_task[rows][:, None], -torch.inf)
+    def of_its_task(logits: Tensor, rows: Tensor) -> Tensor:
+        return logits.masked_fill(task_of_class != of_task[rows][:, None], -torch.inf)
 
-    optimizer = trainer.setting.optimizer(net.parameters())
-    steps = len(labels) // BATCH
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trainer.setting.epochs * steps)
-    for _ in range(trainer.setting.epochs):
-        for rows in torch.randperm(len(labels), generator=trainer.generator)[: steps * BATCH].split(BATCH):
-            x = trainer.setting.prepare(images[rows], trainer.generator)
-            begun = time.perf_counter()
-            loss = F.cross_entropy(within(x, rows), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            trainer.steps.append(time.perf_counter() - begun)
-            rate.step()
+    trainer.train(net, trainer.setting.optimizer(net.parameters()), (images, labels), of_its_task)
     net.eval()
     accuracy = [
         trainer.accuracy(OfEachSample(net, int(first), task.classes), task.test)

@@ -44,7 +44,7 @@ class OpenTask:
     """
 
     def __init__(self, model: Trained, state: TaskState, task: int) -> None:
-        self.task, self.state, self.model = task, state, weakref.ref(model)
+        self.task, self.state, self._reference = task, state, weakref.ref(model)
         #: Whether it had been finished before.
         self.was_finished = state.finished[task]
         #: Whether it is still to be called for the first time.
@@ -69,6 +69,12 @@ class OpenTask:
         self.before = self.embedding.detach().clone()
         self.arm()
 
+    @property
+    def _model(self) -> Trained:
+        model = self._reference()
+        assert model is not None
+        return model
+
     def arm(self) -> None:
         """Watch the steps of optimizers."""
         watch(self)
@@ -87,7 +93,7 @@ class OpenTask:
         A wrapper that was made before this was decided does not know that embeddings take gradients.
         """
         if self.state.course.learned and self.embedding.requires_grad and self._handle is None:
-            self._handle = self.embedding.register_post_accumulate_grad_hook(partial(_reduce, self.model))
+            self._handle = self.embedding.register_post_accumulate_grad_hook(partial(_reduce, self._reference))
 
     def accept(self) -> None:
         """Take the embeddings for what they are, also where they were set by hand."""
@@ -170,18 +176,14 @@ class OpenTask:
             course.chosen = True
             self.state.probe.requires_grad_(False)
             self._remember()
-            model = self.model()
-            assert model is not None
-            model.take((self.embedding > 0) & ~self.chooser.used, optimizer)
+            self._model.take((self.embedding > 0) & ~self.chooser.used, optimizer)
 
     def _observe(self) -> bool:
         """Note how much each gate matters, if there has been a backward pass since this was asked last."""
         probe = self.state.probe
         if self.state.course.learned or self.is_by_hand or probe.grad is None:
             return False
-        model = self.model()
-        assert model is not None
-        change, probe.grad = model.over_ranks(probe.grad.abs()), None
+        change, probe.grad = self._model.over_ranks(probe.grad.abs()), None
         self.chooser.observe(change)
         self._remember()
         return True

@@ -78,7 +78,7 @@ def heads_of_size(path: str, head: nn.Module, num_classes: Sequence[int], on_bas
     """Freshly initialised heads like `head`, with one number of classes for each task.
 
     Behind a locked base (`on_base`) they begin at zero: features are good as they are, and what a random head makes of
-    them would have to be unlearned first, which takes Adam hundreds of steps.
+    them would have to be unlearned first.
     """
     family = family_of(head)
     if family is None or not is_plain(head, family):
