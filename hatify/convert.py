@@ -22,6 +22,8 @@ from hatify.rewrite import class_counts, rewrite_graph, rewrite_modules
 from hatify.support import accepted_sizes, analyse, only_weighing
 from hatify.timm_methods import Interface
 from hatify.trace import Traced, bound_arguments, trace
+from hatify.widening.statistics import normalise_over_base
+from hatify.widening.widened import enlarge, indices_of
 
 #: Of 25 to 800 the best in benchmarks/mask_scale.py, with the cosine schedule and dense initialisation.
 S_MAX = 100.0
@@ -42,6 +44,7 @@ def hatify(
     clamp: float | None = None,
     mask_inputs: bool = False,
     base: str | None = None,
+    spare: float = 0.0,
 ) -> HatModel:
     """Convert a network into one that learns task after task without forgetting.
 
@@ -73,15 +76,20 @@ def hatify(
             learn normalisations, which start as the network's, and heads (new ones start at zero). The best start
             from pretrained weights, and the default where these are known to be (``hatify-convert``, timm's
             ``pretrained=True``). None: tasks share the features out among themselves, and the first may change all.
+        spare: features to add to every layer beside a locked base (``base`` is ``"locked"`` then), as a share of those
+            there are: 0.25 for a quarter more. Tasks may take and change these; they read the base, and the base does
+            not read them, so that it stays what it is. See `HatModel.widen`, which adds more at any time.
 
     Returns:
         A `HatModel`. With every mask on, it computes what `net` computes.
 
     Raises:
         ConversionError: the network cannot be traced, or an argument does not fit it.
+        HatError: no layer can be given spare features.
         ValueError: an argument is out of range.
     """
     num_classes, heads, policies = _reusable(num_classes), _reusable(heads), dict(policies or {})
+    base = "locked" if spare else base
     options = {name: value for name, value in locals().items() if name not in ("net", "example_inputs")}
     original, net, origin = net, _own_copy(net, options), Origin.of(net, options)
     inputs = _example_inputs(net, example_inputs)
@@ -90,7 +98,10 @@ def hatify(
         traced = trace(net, arguments, frozenset(policies))
         plan = _planned(net, traced.graphs, inputs, heads, policies, couple, mask_inputs)
     _put_back(net, original)
-    return _carried_out(plan, net, traced, inputs, origin)
+    model = _carried_out(plan, net, traced, inputs, origin)
+    if spare:
+        model.widen(spare)
+    return model
 
 
 def convert_by(
@@ -112,6 +123,7 @@ def convert_by(
     with refusals_named(net, example_inputs):
         traced = trace(net, arguments, frozenset(options["policies"]))
     plan.check(net, traced.graphs)
+    enlarge(net, traced.graphs, plan.widened)
     return _carried_out(plan, net, traced, example_inputs, origin)
 
 
@@ -120,6 +132,9 @@ def _own_copy(net: nn.Module, options: dict[str, Any]) -> nn.Module:
     _check_arguments(net, options["num_tasks"], options["num_classes"], options["s_max"])
     if options.get("base") not in BASES:
         raise ValueError(f"base must be 'locked' or None, not {options['base']!r}")
+    spare = options.get("spare", 0.0)
+    if isinstance(spare, bool) or not isinstance(spare, (int, float)) or not 0 <= spare < math.inf:
+        raise ValueError(f"spare must be a share of features, 0 or more, not {spare!r}")
     if options.get("base") and options["mask_inputs"]:
         raise ValueError("a locked base reads every input, so that mask_inputs=True leaves nothing to choose")
     return detached_copy(net)
@@ -160,6 +175,8 @@ def _carried_out(
     # Files of version 0.1 know nothing of bases.
     locked = given.get("base") == "locked"
     state = TaskState(plan.layout, num_tasks, given["mask_init"], s_max, given["clamp"], like, locked)
+    if locked and plan.widened.slots is not None:
+        state.set_base(indices_of(plan.widened.slots))
     rewrite_modules(net, plan, num_tasks, classes, locked)
     net.add_module(STATE, state.train(net.training))
     for graph, planned in zip(traced.graphs, plan.graphs, strict=True):
@@ -167,6 +184,7 @@ def _carried_out(
     interface = Interface.of(net)
     model = HatModel(net, traced.training, traced.evaluation, plan, s_max, inputs, origin)
     model.offer(interface)
+    normalise_over_base(model)
     return model
 
 

@@ -20,6 +20,7 @@ from hatify.plan import Plan
 from hatify.slots import Use
 from hatify.stamps import can_be_looked_at
 from hatify.trainable import Trainable
+from hatify.widening.optimizers import Followed
 
 
 class Converted(nn.Module):
@@ -33,6 +34,9 @@ class Converted(nn.Module):
         trainable: which parameters take gradients when their task is open.
         guard: keeps what finished tasks own; None as long as nothing needs it.
         opened: the open task, or None.
+        followed: what has been widened, for what optimizers remember of it.
+        flat_graphs: the whole network as one graph without blocks, {training: graph}; one and the same for both modes,
+            if that will do.
     """
 
     plan: Plan
@@ -45,6 +49,8 @@ class Converted(nn.Module):
     trainable: Trainable
     guard: Guard | None
     opened: OpenTask | None
+    followed: Followed
+    flat_graphs: dict[bool, fx.Graph]
 
     @abstractmethod
     def select_graph(self, anew: bool = False) -> None:

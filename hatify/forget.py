@@ -109,16 +109,16 @@ def _check(model: HatModel, task: int, reset: str, original: Any) -> None:
 def belongs_to(model: HatModel, task: int) -> dict[str, Tensor]:
     """The entries that belong to a finished task alone: {name: bool, of the tensor's shape}, for those with any."""
     state = model.task_state
-    others = state.owners(besides=task)
+    others = state.finished_masks[[t for t in model.finished_tasks if t != task]]
+    base = state.base if state.has_base else None
     kept = {id(t) for t in owned_by_tasks(model, [t for t in range(model.num_tasks) if t != task])}
-    own = {id(t) for t in owned_by_tasks(model, [task])} - kept
+    alone = {id(t) for t in owned_by_tasks(model, [task])} - kept
     entries = {}
     for name, tensor in named_tensors(model):
         if name in model.uses:
-            own_masks = state.finished_masks[task : task + 1]
-            used = [locked_entries(model.uses[name], masks, tensor.shape) for masks in (own_masks, others)]
-            chosen = used[0] & ~used[1]
-        elif id(tensor) in own:
+            own = locked_entries(model.uses[name], state.finished_masks[task : task + 1], tensor.shape)
+            chosen = own & ~locked_entries(model.uses[name], others, tensor.shape, base)
+        elif id(tensor) in alone:
             chosen = torch.ones_like(tensor, dtype=torch.bool)
         else:
             continue

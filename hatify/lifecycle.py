@@ -207,7 +207,10 @@ def _warn_of_full_layers(model: Learner, task: int) -> None:
     ]
     if full:
         layers = listed(full, "layers")
-        message = f"{layers}: no feature is left that is free of finished tasks; task {task} can only reuse them"
+        message = (
+            f"{layers}: no feature is left that is free of finished tasks; task {task} can only reuse them; "
+            "model.widen(0.25) makes room"
+        )
         warnings.warn(message, CapacityWarning, stacklevel=4)
 
 

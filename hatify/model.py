@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ from hatify.structure import check_leaves, check_structure, layer_types, tensor_
 from hatify.trace import reads_training_flag
 from hatify.trainable import Trainable
 from hatify.weights import refuse_parts, refuse_plain_weights
+from hatify.widening.optimizers import Followed
+from hatify.widening.widen import widen
 
 #: Attributes that are built anew in a copy rather than copied.
-_NOT_COPIED = ("_graph", "_graphs", "flat_graphs", "guard", "opened", "known_answers", "wrapper_note")
+_NOT_COPIED = ("_graph", "_graphs", "flat_graphs", "guard", "opened", "known_answers", "wrapper_note", "followed")
 #: Hooks of the original that its conversion keeps.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -52,12 +55,9 @@ class HatModel(Learner, Part):
         s_max: the upper bound of the mask scale.
         example_inputs: what the original was converted with.
         interface: what it offers of the original's methods.
-        flat_graphs: the whole network as one graph without blocks, {training: graph}; one and the same for both modes,
-            if that will do.
     """
 
     interface: Any
-    flat_graphs: dict[bool, fx.Graph]
     _mode_readers: tuple[str, ...]
     _ddp_params_and_buffers_to_ignore = property(ignored, ignore)
 
@@ -75,7 +75,8 @@ class HatModel(Learner, Part):
         self.__dict__.update({name: hooks for name, hooks in vars(root).items() if name.startswith(_HOOKS)})
         self.__dict__.update(
             plan=plan,
-            census=Census(plan.census),
+            census=Census(replace(entry, shape=plan.widened.shape(entry.name, entry.shape)) for entry in plan.census),
+            followed=Followed(),
             s_max=s_max,
             example_inputs=example_inputs,
             uses=plan.uses,
@@ -293,6 +294,25 @@ class HatModel(Learner, Part):
         """
         grow(self, n, num_classes)
 
+    def widen(self, share: float) -> None:
+        """Make room in every layer: more features, free for tasks to come. What finished tasks answer does not change.
+
+        Their outputs are what they were but for rounding, since matrices have other sizes, and stay the same, bit for
+        bit, from then on. Heads of attention and groups of convolutions are added in whole units; where nothing can be
+        added, a `HatWarning` says so, with the reason. Every parameter stays the same object. Optimizers made before
+        go on: what they remember of new entries is zero. Compile, export or distribute the model afterwards.
+
+        Args:
+            share: how many, as a share of those there are: 0.25 for a quarter more, at least one for each layer.
+
+        Raises:
+            TaskError: a task is open.
+            ValueError: the share is no positive number.
+            HatError: nothing can be added anywhere, or a finished task would answer otherwise. Nothing has changed
+                then.
+        """
+        widen(self, share)
+
     def masks(self, task: int) -> dict[str, Tensor]:
         """The binary masks of a task: {name of layer or parameter: bool, shape (features,)}.
 
@@ -364,7 +384,9 @@ def _rebuild(
     """A model from what `copy.deepcopy` or `pickle` kept of it."""
     model = HatModel.__new__(HatModel)
     type(model).__name__ = name
-    model.__dict__.update(state, guard=None, opened=None, known_answers=KnownAnswers(), flat_graphs=flat)
+    model.__dict__.update(
+        state, guard=None, opened=None, known_answers=KnownAnswers(), followed=Followed(), flat_graphs=flat
+    )
     model.offer(model.interface)
     model.install(graphs, model.training)
     model.select_graph()

@@ -27,6 +27,8 @@ from hatify.part import TAKEN, Part
 
 #: Methods of `torch.nn.Module` that a block may define without its part having to know.
 _HARMLESS = {"__init__", "__call__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
+#: The key of ``node.meta`` under which a node of a part has the name of the flat node that it is.
+FLAT = "hatify_flat"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WRITABLE = (fx.Node, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -180,8 +182,7 @@ class _Nesting:
                 if target is None:
                     raise _CannotNest(path or self._culprit(node), "its operations are mixed with those around it")
                 args, kwargs = map_arg((node.args, node.kwargs), value)
-                name = node.name if call is None else None
-                values[node] = graph.create_node(node.op, target, args, kwargs, name, node.type)
+                values[node] = self._copied(node, call, graph, target, args, kwargs)
             return values[node]
 
         done: set[Call] = set()
@@ -195,8 +196,7 @@ class _Nesting:
                 if target is None:
                     raise _CannotNest(path, f"it calls {node.target}, which it does not hold")
                 args, kwargs = map_arg((node.args, node.kwargs), value)
-                name = node.name if call is None else None
-                values[node] = graph.create_node(node.op, target, args, kwargs, name, node.type)
+                values[node] = self._copied(node, call, graph, target, args, kwargs)
         if call is not None:
             graph.output(map_arg(result, value))
         else:
@@ -205,6 +205,13 @@ class _Nesting:
             raise _CannotNest(path, "its calls do not do the same")
         self.parts.setdefault(path, graph)
         return given
+
+    @staticmethod
+    def _copied(node: fx.Node, call: Call | None, graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """What a flat node is in the graph of a part."""
+        made = graph.create_node(node.op, target, args, kwargs, node.name if call is None else None, node.type)
+        made.meta[FLAT] = node.name
+        return made
 
     def _mark_returned(self, values: dict[fx.Node, fx.Node]) -> None:
         """Mark what methods of the network have returned in the outermost graph, too, and with its mask."""

@@ -156,7 +156,7 @@ class OpenTask:
         self._known = self.embedding._version, values
         return False
 
-    def before_step(self, held: AbstractSet[int]) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, held: AbstractSet[int]) -> None:
         """Nothing to do."""
 
     @torch.no_grad()

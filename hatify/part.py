@@ -36,6 +36,11 @@ class Part(fx.GraphModule):
         self.__dict__["_graphs"] = graphs
         self.use_graph(mode, anew=True)
 
+    @property
+    def graphs(self) -> dict[bool, fx.Graph]:
+        """The graphs it runs, {training: graph}; one and the same for both modes, if that will do."""
+        return self._graphs
+
     def use_graph(self, mode: bool, anew: bool = False) -> None:
         """Use the graph of a mode (most networks have one for both); `anew`: write its code in any case."""
         graph = self._graphs[mode]

@@ -19,6 +19,7 @@ from hatify.errors import CheckpointError
 from hatify.free import FixedSizes
 from hatify.policy import Policy
 from hatify.slots import Layout, Use
+from hatify.widening.widened import NOTHING, Widened
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Plan:
         owners: the mask of each masked layer or raw parameter.
         folded: layers whose weight is masked rather than their output.
         fixed: the sizes of each input for which this has been planned, where others were not seen to be taken.
+        widened: what has been added since. Names and shapes of nodes and tensors (`graphs`, `census`) are those from
+            before; all else is as it is now.
     """
 
     modules: dict[str, Policy]
@@ -74,6 +77,7 @@ class Plan:
     owners: dict[str, str]
     folded: frozenset[str]
     fixed: dict[str, FixedSizes]
+    widened: Widened = NOTHING
 
     def check(self, net: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
         """Raise a `CheckpointError` that names the first difference unless this is a plan for `net` and `graphs`."""
@@ -106,6 +110,7 @@ class Plan:
             "owners": self.owners,
             "folded": sorted(self.folded),
             "fixed": self.fixed,
+            "widened": self.widened.to_data() if self.widened.slots else None,
         }, numbers.packed()
 
     @classmethod
@@ -150,6 +155,8 @@ class Plan:
                 name: tuple(tuple((dim, size) for dim, size in sizes) for sizes in tensors)
                 for name, tensors in data["fixed"].items()
             },
+            # Earlier plans do not say whether anything has been added: nothing has.
+            Widened.from_data(added) if (added := data.get("widened")) else NOTHING,
         )
 
 

@@ -35,6 +35,7 @@ from hatify.convert import convert_by, hatify
 from hatify.errors import CheckpointError, HatError
 from hatify.lock import named_tensors
 from hatify.model import HatModel
+from hatify.nn.per_task import PerTaskNorm
 from hatify.nn.state import STATE
 from hatify.origin import Architecture, Origin, jsonable
 from hatify.plan import Plan
@@ -218,6 +219,7 @@ def _versions() -> dict[str, str]:
 def _own_tensors(model: HatModel) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer, but those that the conversion makes anew."""
     derived = {f"{STATE}.{name}" for name in model.task_state._non_persistent_buffers_set}
+    derived |= {f"{path}.over" for path, module in model.named_modules() if isinstance(module, PerTaskNorm)}
     return ((name, tensor) for name, tensor in named_tensors(model) if name not in derived)
 
 

@@ -10,8 +10,8 @@ asked for::
     timm.data.resolve_model_data_config(model)
 
 The arguments of `hatify.hatify` (``num_tasks``, which is required, ``example_inputs``, ``heads``, ``mask_init``,
-``couple``, ``s_max``, ``policies``, ``clamp``, ``mask_inputs``, ``base``) go to the conversion, all others to timm;
-``num_classes`` is one number or one for each task. ``timm.create_model`` drops arguments that are None, so
+``couple``, ``s_max``, ``policies``, ``clamp``, ``mask_inputs``, ``base``, ``spare``) go to the conversion, all others
+to timm; ``num_classes`` is one number or one for each task. ``timm.create_model`` drops arguments that are None, so
 ``heads=[]`` asks for no heads. With ``pretrained=True`` the network is a locked base; ``base="none"`` asks for none.
 
 Weights are loaded into timm's own network, which is converted then: they land on the shared layers and on the copy of

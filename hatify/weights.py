@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from hatify.errors import CheckpointError, TaskError
 from hatify.nn.per_task import PER_TASK
 from hatify.nn.state import STATE, TaskState
 from hatify.policy import Policy
+from hatify.widening.widened import count_of, into_place
 
 
 def refuse_plain_weights(model: Converted, state_dict: Mapping[str, Any], prefix: str) -> None:
@@ -80,7 +81,8 @@ def load_plain_state_dict(model: Converted, state_dict: Mapping[str, Tensor]) ->
     """Load weights of the original network onto a model that has learned nothing yet.
 
     Weights that every task has its own of are loaded onto the copy of each task. Heads that were converted with
-    ``num_classes`` were made afresh, and remain as they are where the weights do not fit them.
+    ``num_classes`` were made afresh, and remain as they are where the weights do not fit them. Where features have been
+    added since the conversion, the weights go to those of the original, and the others stay what they are.
 
     Args:
         model: a converted model without finished tasks or an open one.
@@ -102,6 +104,7 @@ def load_plain_state_dict(model: Converted, state_dict: Mapping[str, Tensor]) ->
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(f"{STATE}.")}
     given = dict(state_dict)
     spread(given, "")
+    given.update(_in_place(model, given, own, spread))
     fresh = fresh_heads(model)
     fits = {key for key in own.keys() & given.keys() if _shape(own[key]) == _shape(given[key])}
     check_keys(
@@ -114,6 +117,21 @@ def load_plain_state_dict(model: Converted, state_dict: Mapping[str, Tensor]) ->
         ],
     )
     model.load_state_dict({**model.state_dict(), **{key: given[key] for key in fits}})
+
+
+def _in_place(
+    model: Converted, given: Mapping[str, Tensor], own: Mapping[str, Tensor], spread: OriginalWeights
+) -> Iterator[tuple[str, Tensor]]:
+    """Those that have been widened, of the sizes they have now."""
+    places = model.plan.widened.tensors
+    for key, value in given.items():
+        dims = places.get(spread.original(key))
+        if dims is None or key not in own or not isinstance(value, Tensor) or value.ndim != len(dims):
+            continue
+        now = own[key]
+        before = [n if place is None else count_of(place) for n, place in zip(now.shape, dims, strict=True)]
+        if list(value.shape) == before:
+            yield key, into_place(value.to(now), dims, now)
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> None:

@@ -467,7 +467,10 @@ def test_a_layer_without_free_features_is_warned_of(model):
     with pytest.warns(CapacityWarning) as record:
         model.begin_task(1)
     (message,) = messages(record)
-    assert message == "0: no feature is left that is free of finished tasks; task 1 can only reuse them"
+    assert (
+        message
+        == "0: no feature is left that is free of finished tasks; task 1 can only reuse them; model.widen(0.25) makes room"
+    )
 
 
 def test_capacity_counts_every_finished_task_but_the_one_that_is_reopened(model, x, recwarn):

@@ -53,6 +53,9 @@ def convert(
     base: Annotated[
         str, typer.Option(help="What the weights are: a locked base that every task reads and none changes, or none.")
     ] = "locked",
+    spare: Annotated[
+        float, typer.Option(help="Features to add beside a locked base, as a share of those there are: 0.25.")
+    ] = 0.0,
     input_shape: Annotated[
         str | None, typer.Option(help="The shape of one sample, like 3,224,224.", metavar="N,N,…")
     ] = None,
@@ -71,7 +74,9 @@ def convert(
         raise CheckpointError("--pretrained are timm's weights: name the network by --model")
     classes = _numbers("--num-classes", num_classes)
     shape = _numbers("--input-shape", input_shape)
-    with progress(as_json, steps=5) as step:
+    if spare < 0 or (spare and _base(base) is None):
+        raise CheckpointError(f"--spare {spare}: expected 0 or more, beside --base locked")
+    with progress(as_json, steps=6) as step:
         step("building the network")
         architecture, net = _network(model, model_arg, factory, factory_arg, pretrained)
         found = None
@@ -96,6 +101,9 @@ def convert(
         if found is not None:
             step("loading the weights")
             load_plain_state_dict(result, found.state)
+        if spare:
+            step("adding features")
+            result.widen(spare)
         if not dry_run and out is not None:
             step("writing")
             save(result, out)

@@ -43,18 +43,25 @@ _WEIGHT_HOOKS: dict[type, Any] = {
 
 
 class MaskedNorm(nn.Module):
-    """A normalisation over the features that a mask, shape (features,), has on."""
+    """A normalisation over the features that a mask, shape (features,), has on; or `over` some of these."""
 
     norm: nn.Module
     mask: Tensor
+    over: Tensor | None
 
-    def __init__(self, norm: nn.Module, mask: Tensor) -> None:
+    def __init__(self, norm: nn.Module, mask: Tensor, over: Tensor | None = None) -> None:
         super().__init__()
         self.norm = norm
         self.register_buffer("mask", mask)
+        self.register_buffer("over", over)
+
+    @property
+    def features(self) -> tuple[Tensor, ...]:
+        """What its masked form is given beside the input."""
+        return (self.mask,) if self.over is None else (self.mask, self.over)
 
     def forward(self, x: Tensor) -> Tensor:
-        return NORMS[type(self.norm)](self.norm, x, self.mask)
+        return NORMS[type(self.norm)](self.norm, x, *self.features)
 
 
 def bake(model: HatModel, task: int, inputs: tuple[Any, ...]) -> Plain:
@@ -176,7 +183,7 @@ class _Baker(fx.Interpreter):
         mask = self.env[looked_up] if isinstance(looked_up, fx.Node) and looks_up_mask(looked_up) else None
         key = (path, None if mask is None else str(looked_up))
         if key not in self.variants:
-            self.variants[key] = self._variant(self.modules[path], mask)
+            self.variants[key] = self._variant(self.modules[path], mask, getattr(owner, "over", None))
         rest = {name: value for name, value in kwargs.items() if value is not None or name != "mask"}
         name = self.plain.store(path, self.variants[key])
         written = self.plain.graph.create_node("call_module", name, args, rest, node.name)
@@ -191,7 +198,7 @@ class _Baker(fx.Interpreter):
             held = {name: self.plain.root[str(n.target)] for name, n in given.items() if isinstance(n, fx.Node)}
             module = AsModule(kind, {**given, **held}).module(value)
             if module is not None:
-                name = self.plain.store(node.name, self._variant(module, mask))
+                name = self.plain.store(node.name, self._variant(module, mask, None))
                 written = self.plain.graph.create_node("call_module", name, (x,), {}, node.name)
                 _note_mask(written, module, mask, value.ndim)
                 return written
@@ -207,7 +214,7 @@ class _Baker(fx.Interpreter):
 
         norm = AsModule(kind, {name: operand(name, found) for name, found in values.items()})
         with torch.no_grad():
-            return NORMS[norm.kind](norm, tracer.proxy(x), mask.clone()).node  # type: ignore[arg-type,attr-defined]
+            return NORMS[norm.kind](norm, tracer.proxy(x), mask.clone()).node  # type: ignore[attr-defined]
 
     def _passes(self, module: nn.Module, x: Any, out: Any) -> bool:
         """Whether a module passes its input on, as noise does in evaluation mode."""
@@ -217,9 +224,9 @@ class _Baker(fx.Interpreter):
             and (type(module) is nn.Identity or reads_training_flag(module))
         )
 
-    def _variant(self, module: nn.Module, mask: Tensor | None) -> nn.Module:
+    def _variant(self, module: nn.Module, mask: Tensor | None, over: Tensor | None) -> nn.Module:
         if mask is not None and is_known(module) and not keeps_features_apart(module):
-            return MaskedNorm(module, mask.clone())
+            return MaskedNorm(module, mask.clone(), None if over is None else over.clone())
         return self._baked(module, mask)
 
     def _baked(self, module: Any, mask: Tensor | None) -> nn.Module:

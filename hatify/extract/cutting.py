@@ -22,7 +22,6 @@ from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Name, everything
 from hatify.extract.baking import known_number
 from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
-from hatify.extract.rounding import agree
 from hatify.extract.slicing import cut_along, sliced
 from hatify.extract.wanted import KeptOf, by_name, completed, named, needed, summed
 from hatify.extract.zeros import Zeros, tensors_in
@@ -30,6 +29,7 @@ from hatify.free import Free
 from hatify.ops import operation_of
 from hatify.ops.registry import Resizing, Rewritten
 from hatify.ops.resize import CannotCut, is_cut
+from hatify.rounding import agree
 from hatify.support import positional
 
 

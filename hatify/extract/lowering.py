@@ -30,7 +30,7 @@ def lower(plain: Plain) -> None:
 def _lower_norm(plain: Plain, node: fx.Node) -> None:
     module = plain.root[str(node.target)]
     norm: Any = module.norm if isinstance(module, MaskedNorm) else module
-    mask = [module.mask] if isinstance(module, MaskedNorm) else []
+    mask = module.features if isinstance(module, MaskedNorm) else ()
     if not is_known(norm) or (not mask and is_torchs(norm)):
         return
     path = str(node.target)

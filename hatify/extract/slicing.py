@@ -89,8 +89,8 @@ def sliced(module: Any, found: Mapping[Name, Tensor], ndim: int, plain: Plain) -
         norm = sliced(module.norm, found, ndim, plain)
         dims = FEATURE_DIMS[type(norm)](norm, ndim)
         feature = next(d for d in dims if len(found.get(d, one)) == len(module.mask))
-        mask = module.mask[found.get(feature, one)]
-        return norm if mask.all() else MaskedNorm(norm, mask)
+        left = [of[found.get(feature, one)] for of in module.features]
+        return norm if all(of.all() for of in left) else MaskedNorm(norm, *left)
     elif is_known(module) or isinstance(module, nn.PReLU):
         result = copy.deepcopy(module)
         dims = range(1, 2) if isinstance(module, nn.PReLU) else FEATURE_DIMS[type(module)](module, ndim)

@@ -13,26 +13,29 @@ from hatify.nn.state import TaskState
 from hatify.slots import Use
 
 
-def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size) -> Tensor:
+def locked_entries(uses: Iterable[Use], masks: Tensor, shape: torch.Size, base: Tensor | None = None) -> Tensor:
     """Equation 2, exactly: an entry is locked where some task has both the feature it writes and the one it reads on.
 
     The printed form compares the cumulative maxima over tasks, and so also locks entries between a feature that only
     one task uses and a feature that only another one uses.
 
+    Of a locked base, every entry is locked that writes one of its features: it reads nothing beside itself.
+
     Args:
         uses: how the parameter's entries connect features.
         masks: the finished tasks' binary masks, bool, shape (tasks, slots).
         shape: the parameter's shape.
+        base: the features of a locked base, bool, shape (slots,).
 
     Returns:
         bool, of the parameter's shape.
     """
     locked = torch.zeros((1,) * len(shape), dtype=torch.bool, device=masks.device)
-    for mask in masks:
+    for mask in (*masks, *(() if base is None else (base,))):
         extended = torch.cat((mask, mask.new_ones(1)))
         for use in uses:
             entries = extended[use.written.to(mask.device)].any(-1)
-            if use.read is not None:
+            if use.read is not None and mask is not base:
                 entries = entries & extended[use.read.to(mask.device)].any(-1)
             locked = locked | entries
     return locked.expand(shape)

@@ -60,10 +60,11 @@ class Guard:
         self.tensors = dict(named_tensors(model)) if tensors is None else tensors
         others = [t for t, done in enumerate(state.finished) if done and t != task]
         self.finished = {t: state.finished_masks[t].clone() for t in others}
-        self.masks = state.owners(besides=task)
-        self.uses = {name: of for name, of in uses.items() if len(self.masks) and name in self.tensors}
+        self.masks, self.base = state.finished_masks[others], state.base if state.has_base else None
+        anything = bool(others) or state.has_base
+        self.uses = {name: of for name, of in uses.items() if anything and name in self.tensors}
         owned = {id(t) for t in owned_by_tasks(model, others)} if others else set()
-        kept = {*constants, f"{STATE}.finished_masks"} if len(self.masks) else set()
+        kept = {*constants, f"{STATE}.finished_masks"} if anything else set()
         self.owned = [name for name, t in self.tensors.items() if id(t) in owned or name in kept]
         #: Until there is a copy: what it is to be made of.
         self._given = saved
@@ -126,7 +127,7 @@ class Guard:
         """Each parameter that tasks share, and which of its entries are locked."""
         for name, uses in self.uses.items():
             parameter = self.tensors[name]
-            yield name, parameter, locked_entries(uses, self.masks, parameter.shape)
+            yield name, parameter, locked_entries(uses, self.masks, parameter.shape, self.base)
 
     @torch.no_grad()
     def sample(self) -> None:
@@ -178,7 +179,7 @@ class Guard:
         _remove_all(self._handles)
 
     @torch.no_grad()
-    def before_step(self, held: Container[int]) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, held: Container[int]) -> None:
         """With no task open, a step finds no gradient of what tasks share, and what it moves nevertheless is put back.
 
         Some may be left over from before the last task ended. `held` are the identities of what is stepped.

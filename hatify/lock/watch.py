@@ -14,14 +14,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 class Watcher(Protocol):
     """What is told of steps."""
 
-    def before_step(self, held: AbstractSet[int]) -> None:
-        """Parameters with the identities `held` are going to be updated."""
+    def before_step(self, optimizer: torch.optim.Optimizer, held: AbstractSet[int]) -> None:
+        """Parameters with the identities `held` are going to be updated by `optimizer`."""
 
     def after_step(self, optimizer: torch.optim.Optimizer, held: AbstractSet[int]) -> None:
         """They have been, by `optimizer`."""
 
 
-#: Those who watch: the guard of every model with finished tasks or an open one, and every open task.
+#: Those who watch: the guard of every model with finished tasks or an open one, every open task, and what follows
+#: parameters that have been widened.
 STANDING: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
 
@@ -49,7 +50,7 @@ def _watch_optimizers() -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for watcher in list(STANDING):
-        watcher.before_step(_held(optimizer))
+        watcher.before_step(optimizer, _held(optimizer))
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,6 +7,9 @@ Statistics over k = Σa of C features are computed by the native kernels, which 
 that are off are filled with the mean over the active ones, so that the kernel's mean is that mean and its variance is
 k/C of theirs; scaling the input by √(C/k) and the weight by √(k/C) makes up for that, eps included.
 
+Features of a locked base are normalised by statistics of the base alone, and so are those beside it: else what a task
+adds would change the base.
+
 To add a normalisation, write a function of (norm, input, mask) and register it with its types.
 """
 
@@ -24,7 +27,7 @@ from hatify.nn.folding import remembered
 from hatify.nn.layer_norm import masked_layer_norm
 
 _APART = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-MaskedNorm = Callable[[Any, Tensor, Tensor], Tensor]
+MaskedNorm = Callable[..., Tensor]
 
 #: The masked form of each normalisation type.
 NORMS: dict[type[nn.Module], MaskedNorm] = {}
@@ -104,20 +107,25 @@ def instance_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 
 @normalises(nn.LayerNorm, dims=trailing)
-def layer_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
-    """Mean and variance over the active features of the normalised dimensions."""
+def layer_norm(norm: Any, x: Tensor, mask: Tensor, over: Tensor | None = None) -> Tensor:
+    """Mean and variance over the active features of the normalised dimensions; or `over` others."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     a = mask.to(wide.dtype)
+    if over is not None:
+        return _activated(norm, _normalised_over(norm, wide, a, over, (-1,)).to(x.dtype))
     if len(norm.normalized_shape) > 1:
         a = a.view(_mask_view(norm.normalized_shape, mask)).expand(norm.normalized_shape)
     return _activated(norm, masked_layer_norm(norm, wide, a).to(x.dtype))
 
 
 @normalises(nn.RMSNorm, dims=trailing)
-def rms_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
+def rms_norm(norm: Any, x: Tensor, mask: Tensor, over: Tensor | None = None) -> Tensor:
     """Root mean square over the active features; the others are zero already and only the count changes."""
     shape = norm.normalized_shape
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if over is not None:
+        y = _normalised_over(norm, wide, mask.to(wide.dtype), over, (-1,), centred=False)
+        return _activated(norm, y.to(x.dtype))
     a = mask.to(wide.dtype).view(_mask_view(shape, mask))
     share = _share(a.mean())
     weight, _ = _masked_affine(norm, a.expand(shape))
@@ -126,11 +134,13 @@ def rms_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 
 @normalises(nn.GroupNorm, dims=channel)
-def group_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
-    """Mean and variance over the active channels of each group."""
+def group_norm(norm: Any, x: Tensor, mask: Tensor, over: Tensor | None = None) -> Tensor:
+    """Mean and variance over the active channels of each group; or, of a single group, `over` others."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     groups = norm.num_groups
     a = mask.to(wide.dtype)
+    if over is not None:
+        return _activated(norm, _normalised_over(norm, wide, a, over, tuple(range(1, x.ndim))).to(x.dtype))
     share = _share(a.view(groups, -1).mean(1))
     per_channel = share.repeat_interleave(a.numel() // groups)
     mean = wide.reshape(wide.shape[0], groups, -1).mean(2) / share
@@ -142,11 +152,36 @@ def group_norm(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
     return _activated(norm, y.to(x.dtype))
 
 
+def _normalised_over(
+    norm: Any, x: Tensor, mask: Tensor, over: Tensor, dims: tuple[int, ...], centred: bool = True
+) -> Tensor:
+    """`x` without its mean and divided by its deviation, of the features `over` along the first of `dims`.
+
+    `over`: bool, shape (features,). `mask`, shape (features,), goes into the affine part.
+    """
+    spread = (-1, *(1,) * (len(dims) - 1))
+    counted = over.to(mask.dtype).view(spread)
+    share = over.sum() / over.numel()
+    if centred:
+        x = x - (x * counted).mean(dims, keepdim=True) / share
+    eps = torch.finfo(mask.dtype).eps if norm.eps is None else norm.eps  # as torch's RMSNorm has it
+    y = x * ((x.square() * counted).mean(dims, keepdim=True) / share + eps).rsqrt()
+    weight, bias = _masked_affine(norm, mask)
+    y = y * weight.to(mask.dtype).view(spread)
+    return y if bias is None else y + bias.to(mask.dtype).view(spread)
+
+
+def mixes_features(norm: nn.Module) -> bool:
+    """Whether features, along one dimension, are normalised by statistics of others, in one group."""
+    single = len(getattr(norm, "normalized_shape", (0,))) == 1
+    return single and not keeps_features_apart(norm) and getattr(norm, "num_groups", 1) == 1
+
+
 def channels_first(function: MaskedNorm) -> MaskedNorm:
     """The same normalisation over dimension 1 of images, (N, C, H, W)."""
 
-    def over_channels(norm: Any, x: Tensor, mask: Tensor) -> Tensor:
-        return function(norm, x.permute(0, 2, 3, 1), mask).permute(0, 3, 1, 2)
+    def over_channels(norm: Any, x: Tensor, mask: Tensor, over: Tensor | None = None) -> Tensor:
+        return function(norm, x.permute(0, 2, 3, 1), mask, over).permute(0, 3, 1, 2)
 
     return over_channels
 

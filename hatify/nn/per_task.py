@@ -29,7 +29,17 @@ class PerTask(nn.ModuleList):
 
 
 class PerTaskNorm(PerTask):
-    """One normalisation per task; with a mask of shape (features,), statistics are taken over the active features."""
+    """One normalisation per task; with a mask of shape (features,), statistics are taken over the active features.
+
+    Attributes:
+        over: bool, shape (features,): the features over which they are taken instead; None: the active ones.
+    """
+
+    over: Tensor | None
+
+    def __init__(self, module: nn.Module, memos: list[dict[int, Any]]) -> None:
+        super().__init__(module, memos)
+        self.register_buffer("over", None, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         norm = self._modules[str(self.choice.task)]
@@ -42,7 +52,7 @@ class PerTaskNorm(PerTask):
                 f"a {type(norm).__name__} has taken the place of a normalisation since the conversion, and cannot be "
                 "masked: put the original one back, or make the change before the conversion"
             )
-        return masked(norm, x, mask)
+        return masked(norm, x, mask) if self.over is None else masked(norm, x, mask, self.over)
 
 
 class PerTaskTensor(nn.Module):

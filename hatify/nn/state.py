@@ -63,7 +63,6 @@ class TaskState(nn.Module):
         super().__init__()
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         self.num_slots = layout.num_slots
-        self.groups = dict(layout.groups)
         self.mask_init, self.s_max, self.clamp = mask_init, s_max, clamp
         self.embeddings = nn.ParameterList(
             initial_embedding(self.num_slots, mask_init, like.device, dtype) for _ in range(num_tasks)
@@ -73,13 +72,8 @@ class TaskState(nn.Module):
         )
         self.finished = [False] * num_tasks
         self.register_buffer("scale", torch.tensor(s_max, device=like.device, dtype=dtype))
-        layers = [torch.full((stop - start,), i) for i, (start, stop) in enumerate(layout.groups.values())]
-        layer = torch.cat(layers) if layers else torch.empty(0, dtype=torch.int64)
-        self.register_buffer("layer", layer.to(like.device), persistent=False)
         self.register_buffer("base", torch.full((self.num_slots,), base, device=like.device), persistent=False)
-        self.index_names = tuple(layout.indices)
-        for i, index in enumerate(layout.indices.values()):
-            self.register_buffer(f"index_{i}", index.to(like.device), persistent=False)
+        self._lay_out(layout)
         #: Whether any feature belongs to a locked base; as an attribute, so that no value need be looked at.
         self.has_base = base
         self.choice = Choice()
@@ -91,6 +85,48 @@ class TaskState(nn.Module):
         self.layer_types: dict[str, type] = {}
         #: The masks of tasks that do not change, and what they were made of.
         self._constant_masks: dict[int, tuple[Tensor, int, dict[str, Tensor]]] = {}
+
+    def _lay_out(self, layout: Layout) -> None:
+        self.num_slots, self.groups = layout.num_slots, dict(layout.groups)
+        layers = [torch.full((stop - start,), i) for i, (start, stop) in enumerate(layout.groups.values())]
+        layer = torch.cat(layers) if layers else torch.empty(0, dtype=torch.int64)
+        device = self.scale.device
+        self.register_buffer("layer", layer.to(device), persistent=False)
+        self.index_names = tuple(layout.indices)
+        for i, index in enumerate(layout.indices.values()):
+            self.register_buffer(f"index_{i}", index.to(device), persistent=False)
+
+    @torch.no_grad()
+    def rearrange(self, layout: Layout, before: Tensor) -> None:
+        """Take over a layout with more slots; those there were have gone to `before`, the others are free.
+
+        Finished tasks have them off, and a locked base has no part in them.
+        """
+        before = before.to(self.scale.device)
+        for e, done in zip(self.embeddings, self.finished, strict=True):
+            fresh = initial_embedding(layout.num_slots, -1.0 if done else self.mask_init, e.device, e.dtype)
+            e.data = fresh.detach().index_copy(0, before, e)
+        masks = self.finished_masks.new_zeros(len(self.finished), layout.num_slots)
+        self.finished_masks = masks.index_copy(1, before, self.finished_masks)
+        self.base = self.base.new_zeros(layout.num_slots).index_copy(0, before, self.base)
+        self._lay_out(layout)
+        self._constant_masks.clear()
+
+    def set_base(self, slots: Tensor) -> None:
+        """Let a locked base have these slots alone, int64."""
+        self.base = torch.zeros_like(self.base).index_fill(0, slots.to(self.base.device), True)
+
+    def take_layout(self, other: TaskState) -> None:
+        """Have the slots that another state has, and what that knows of them."""
+        self._buffers.update(other._buffers)
+        self._non_persistent_buffers_set |= other._non_persistent_buffers_set
+        self.num_slots, self.groups, self.index_names = other.num_slots, other.groups, other.index_names
+        self._constant_masks.clear()
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether there are features beside a locked base."""
+        return self.has_base and not bool(self.base.all())
 
     @property
     def task(self) -> int:
@@ -165,18 +201,10 @@ class TaskState(nn.Module):
                 masks[name] = chosen.squeeze(1) if chosen.shape[1] == 1 else chosen.amax(1)
         return masks
 
-    def owners(self, besides: int | None = None) -> Tensor:
-        """The masks of all that owns features, bool, shape (owners, slots): finished tasks, and a locked base.
-
-        The task `besides` is left out.
-        """
-        counted = [task for task, done in enumerate(self.finished) if done and task != besides]
-        masks = self.finished_masks[counted]
-        return torch.cat((masks, self.base.unsqueeze(0))) if self.has_base else masks
-
     def used(self, besides: int | None = None) -> Tensor:
-        """Slots that have an owner, bool, shape (slots,); the task `besides` is left out."""
-        return self.owners(besides).any(0)
+        """Slots that have an owner, a finished task or a locked base, bool, shape (slots,); `besides` is left out."""
+        counted = [task for task, done in enumerate(self.finished) if done and task != besides]
+        return self.finished_masks[counted].any(0) | self.base
 
     def finish(self, task: int, mask: Tensor) -> None:
         """Fix the masks of a task."""

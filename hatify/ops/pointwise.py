@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from hatify.axes import Axes
 from hatify.labels import ON, is_leaf, unexpanded, unexpanded_pair, varying_dims
-from hatify.ops.registry import Call, Labels, Trait, alike, like_input, op
+from hatify.ops.registry import Call, Labels, Trait, aligned, alike, like_input, op
 
 _PLAIN = {Trait.ELEMENTWISE}
 _AFTER_HEADS = {Trait.ELEMENTWISE, Trait.AFTER_HEADS}
@@ -39,6 +40,14 @@ def base(node: fx.Node) -> tuple[Any, ...]:
     return () if harmless else node.args[:1]
 
 
+def of_unit_length(call: Call) -> Axes | None:
+    """Everything along a dimension is needed for its length."""
+    dim, names = call.argument(2, "dim", 1), aligned(call.out)
+    if not isinstance(dim, int):
+        return None
+    return call.axes([(call.given(0, "input"), names)], names, filled=(dim % call.out.ndim - call.out.ndim,))
+
+
 @op(
     torch.relu, torch.relu_, torch.tanh, torch.dropout, F.relu, F.tanh, F.dropout, "relu", "relu_", "tanh",
     "tanh_",
@@ -56,7 +65,7 @@ def base(node: fx.Node) -> tuple[Any, ...]:
     traits=_PLAIN, cut=alike,
 )  # fmt: skip
 @op(torch.sqrt, "sqrt", traits=_PLAIN, cut=alike, singular=first)
-@op(F.normalize, traits=_AFTER_HEADS)
+@op(F.normalize, traits=_AFTER_HEADS, cut=of_unit_length)
 @op(F.local_response_norm, nn.LocalResponseNorm, traits=_PLAIN)
 def zero_preserving(call: Call) -> Labels:
     """f(0) = 0 elementwise: the support stays as it is. (Normalising to unit length is of this kind too.)"""

@@ -1,4 +1,8 @@
-"""How calls that mention sizes and positions are rewritten for values that have lost indices."""
+"""How calls that mention sizes and positions are rewritten for values that have lost indices, or got more.
+
+What is left of an axis is given as bool, whether each index is still there, or as int64, how many there are in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +105,8 @@ def _unpacked(sizes: tuple[Any, ...]) -> Sequence[Any]:
 
 
 def is_cut(axis: Tensor) -> bool:
-    """Whether anything is left out along an axis."""
-    return not bool(axis.all())
+    """Whether anything is left out along an axis, or added."""
+    return bool((axis != 1).any())
 
 
 def _count(axis: Tensor) -> int:
@@ -153,6 +157,11 @@ def _slice(piece: slice, axis: Tensor) -> slice:
         return piece
     if any(isinstance(end, fx.Node) for end in (piece.start, piece.stop, piece.step)):
         raise CannotCut
+    if axis.dtype != torch.bool:
+        start, stop, step = piece.indices(len(axis))
+        if step != 1:
+            raise CannotCut
+        return slice(int(axis[:start].sum()), int(axis[:stop].sum()))
     positions = (axis.cumsum(0) - 1)[piece][axis[piece]].tolist()
     if not positions:
         raise CannotCut

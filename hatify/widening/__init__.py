@@ -1,0 +1,1 @@
+"""More features in every layer of a converted network."""
