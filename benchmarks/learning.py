@@ -2,8 +2,9 @@
 
 Each setting is a sequence of tasks, a network and an optimizer. Methods, all with the same images, epochs, batches and
 optimizer: a converted network by README's loop; a network for each task (``separate``); one network for all tasks at
-once (``joint``); one network that is trained on and on (``fine_tuning``); and from pretrained weights the features
-frozen under new heads (``frozen``), and one LoRA adapter for each task (``lora``, where peft is installed).
+once (``joint``); one network that is trained on and on (``fine_tuning``); and from pretrained weights a quarter more
+features beside the base (``spare``), the features frozen under new heads (``frozen``), and one LoRA adapter for each
+task (``lora``, where peft is installed).
 
 Results are kept in a JSON file, one cell for each setting, method, seed and split, written after every cell: what is
 there is not measured again, so an interrupted run goes on, and several processes may share a file. Choose settings by
@@ -29,7 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,7 @@ def size(*tensors: Iterator[Tensor]) -> int:
     return sum({id(t): t.numel() for of in tensors for t in of}.values())
 
 
-def by_hatify(trainer: Trainer, tasks: list[Task], args: argparse.Namespace) -> Outcome:
+def by_hatify(trainer: Trainer, tasks: list[Task], args: argparse.Namespace, spare: float = 0.0) -> Outcome:
     """README's loop."""
     setting = trainer.setting
     model = hatify.hatify(
@@ -340,13 +341,15 @@ def by_hatify(trainer: Trainer, tasks: list[Task], args: argparse.Namespace) -> 
         example_inputs=tasks[0].test[0][:2],
         num_classes=[task.classes for task in tasks],
         base="locked" if setting.pretrained else None,
+        spare=spare,
     )
     answers, used = [], []
     for t, task in enumerate(tasks):
         model.begin_task(t)
         trainer.train(model, setting.optimizer(model.parameters()), task.train)
         model.end_task()
-        answers.append(model(task.test[0][:500]))
+        with torch.no_grad():
+            answers.append(model(task.test[0][:500]))
         used.append(model.task_state.used().float().mean().item())
     accuracy = []
     for t, task in enumerate(tasks):
@@ -459,10 +462,11 @@ METHODS: dict[str, Callable[[Trainer, list[Task], argparse.Namespace], Outcome]]
     "separate": separate,
     "joint": joint,
     "fine_tuning": fine_tuning,
+    "spare": partial(by_hatify, spare=0.25),
     "frozen": frozen,
     "lora": lora,
 }
-OF_PRETRAINED = ("frozen", "lora")
+OF_PRETRAINED = ("spare", "frozen", "lora")
 
 # Running -------------------------------------------------------------------------------------------------------------
 
