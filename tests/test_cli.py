@@ -180,6 +180,9 @@ def test_options_reach_the_conversion(command, checkpoint, tmp_path):
     model = load(tmp_path / "out")
     assert [a.shape[1] for a in answers(model, range(2))] == [2, 5]
     assert torch.equal(model.task_state.embeddings[0], torch.full_like(model.task_state.embeddings[0], 0.5))
+    assert command("convert", checkpoint, *NETWORK, "--spare", "0.25", "-o", tmp_path / "spare")[0] == 0
+    spare, plain = load(tmp_path / "spare"), load(tmp_path / "out")
+    assert spare.task_state.has_spare and spare.conv.out_channels == plain.conv.out_channels + 2
     assert command("convert", checkpoint, *NETWORK, "--heads", "none", "-o", tmp_path / "none")[0] == 0
     assert "head" not in {str(e.policy) for e in load(tmp_path / "none").census}
 
@@ -273,6 +276,8 @@ WRONG = {
     "no numbers": (["FILE", *NETWORK, "--num-classes", "a,b", "-o", "OUT"], "--num-classes 'a,b'"),
     "too many numbers": (["FILE", *NETWORK, "--num-classes", "1,2,3", "-o", "OUT"], "2 of them"),
     "no initialisation": (["FILE", *NETWORK, "--mask-init", "sparse", "-o", "OUT"], "--mask-init 'sparse'"),
+    "no share": (["FILE", *NETWORK, "--spare", "-1", "-o", "OUT"], r"--spare -1.0: expected 0 or more"),
+    "spare beside nothing": (["FILE", *NETWORK, "--spare", "1", "--base", "none", "-o", "OUT"], "beside --base locked"),
     "no head": (["FILE", *NETWORK, "--heads", "tail", "-o", "OUT"], "tail"),
     "another shape": (["FILE", *NETWORK, "--input-shape", "5,6,6", "-o", "OUT"], r"\(2, 5, 6, 6\)"),
     "unknown option": (["FILE", *NETWORK, "--frobnicate", "-o", "OUT"], "--frobnicate"),

@@ -530,3 +530,95 @@ def test_generated_networks(front, data):
         model.end_task()
     for task in range(2):
         assert equal(task_answers(model, task, model.example_inputs), known[task])
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's GPT-2 writes a linear layer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.2)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(x.size()[:-1] + (self.outputs,))
+
+
+class TiedLanguage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc1, self.fc2 = nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.fc2(F.relu(self.fc1(self.embed(ids)))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mha = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.mha(x, x, x)[0]
+        x = x + self.fc2(F.relu(self.fc1(x)))
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "inputs", "grown"),
+    [
+        (nn.Sequential(Conv1D(5, 8), nn.GELU(), Conv1D(8, 12), nn.GELU(), nn.Linear(12, 3)), (4, 6, 5), "2.weight"),
+        (TiedLanguage(), None, "fc1.weight"),
+        (Recurrent(), (4, 6, 5), "fc1.weight"),
+    ],
+    ids=["conv1d", "tied", "whole modules"],
+)
+@pytest.mark.filterwarnings("ignore:no features are added to:hatify.HatWarning")
+def test_other_ways_to_write_it(net, inputs, grown):
+    x = torch.randint(11, (4, 7)) if inputs is None else torch.randn(inputs)
+    before = net.eval().get_parameter(grown).numel()
+    model = hatify.hatify(net, 2, (x,), base="locked", spare=0.25)
+    assert close(model(x), net(x)) and model.get_parameter(grown).numel() > before
+    model.begin_task(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model.end_task()
+    verify_isolation(model)
+
+
+def test_masks_of_inputs_stay_what_they_are():
+    _, model, x = made("small", mask_inputs=True)
+    learn(model, 0)
+    before = answers(model, x=x)
+    inputs = model.masks(0)["x"]
+    model.widen(0.5)
+    assert torch.equal(model.masks(0)["x"], inputs) and all(map(close, answers(model, x=x), before))
+
+
+def test_masks_that_are_learned():
+    _, model, x = made("convolutional", tasks=2)
+    for task in range(2):
+        model.begin_task(task)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scale = hatify.MaskScale(model, steps=5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64)) + model.regularization()).backward()
+            optimizer.step()
+            scale.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HatWarning)
+            model.end_task()
+        if task == 0:
+            model.widen(0.5)
+            known = answers(model, x=x)
+    assert same(answers(model, [0], x), known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -149,6 +150,7 @@ class Beside:
             self._rewrite_mask(node, wide)
         else:
             wide.args, wide.kwargs = map_arg((wide.args, wide.kwargs), self._as_it_was)
+            self._rewrite_shape(node, wide)
             self._resize(node, wide)
         if before == (wide.target, wide.args, wide.kwargs):
             return
@@ -176,6 +178,14 @@ class Beside:
         if isinstance(view, tuple):
             wide.args = (*wide.args[:2], self.growing.view(node, view))  # type: ignore[arg-type]
 
+    def _rewrite_shape(self, node: fx.Node, wide: fx.Node) -> None:
+        """A shape that is put together for one reshape, as ``x.size()[:-1] + (8,)``, ends in sizes of its output."""
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        last = node.args[-1] if node.target is operator.add else None
+        if user is not None and isinstance(last, tuple) and user.args[1:] == (node,) and len(self.values[user]) == 1:
+            (dims,) = self.values[user]
+            wide.args = (wide.args[0], tuple(map(self.growing.size, dims[len(dims) - len(last) :])))
+
     def _resize(self, node: fx.Node, wide: fx.Node) -> None:
         known = operation_of(node)
         if known is None or known.resize is None or Trait.FACTORY in known.traits or not node.args:
@@ -185,10 +195,17 @@ class Beside:
         source = self._counts(self.values[first][0]) if isinstance(first, fx.Node) and self.values.get(first) else ()
         if not any(bool((c != 1).any()) for dims in (source, *outs) for c in dims):
             return
+        if len(wide.args) == 2 and self._is_shape(wide.args[1], self.values[node]):
+            return
         out = outs[0] if isinstance(self.runs[0].env.get(node), Tensor) else outs
         target, args, kwargs = known.resize(Resizing(wide, wide.args, wide.kwargs, source, out))
         wide.op = "call_method" if isinstance(target, str) else "call_function"
         wide.target, wide.args, wide.kwargs = target, args, kwargs
+
+    def _is_shape(self, argument: Any, made: list[list[Axis]]) -> bool:
+        """Whether an argument is the shape of what is going to be made, as it is now."""
+        value = self.runs[1].env.get(argument) if isinstance(argument, fx.Node) else None
+        return isinstance(value, tuple) and [*value] == [self.growing.size(axis) for dims in made for axis in dims]
 
     def _counts(self, dims: list[Axis]) -> tuple[Tensor, ...]:
         return tuple(

@@ -77,7 +77,8 @@ class Plotted:
         for graph, planned in zip(self.graphs, model.plan.graphs, strict=True):
             nodes = {node.name: node for node in graph.nodes}
             for name, of_node in planned.masks.items():
-                self._note_mask(of_node, nodes[name])
+                if nodes[name].op != "placeholder":  # inputs are what they are
+                    self._note_mask(of_node, nodes[name])
         self.held = list(held_by(model, self.relations))
 
     def _note_mask(self, planned: MaskedNode, node: fx.Node) -> None:
