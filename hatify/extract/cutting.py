@@ -24,12 +24,13 @@ from hatify.extract.baking import known_number
 from hatify.extract.plain import DTYPE, MASK, NDIM, Plain
 from hatify.extract.slicing import cut_along, sliced
 from hatify.extract.wanted import KeptOf, by_name, completed, named, needed, summed
-from hatify.extract.zeros import Zeros, tensors_in
+from hatify.extract.zeros import Zeros
 from hatify.free import Free
 from hatify.ops import operation_of
 from hatify.ops.registry import Resizing, Rewritten
 from hatify.ops.resize import CannotCut, is_cut
 from hatify.rounding import agree
+from hatify.stepwise import Stepwise, tensors_in
 from hatify.support import positional
 
 
@@ -50,20 +51,15 @@ def cut(baked: Plain, sizes: Sequence[Any], free: Free) -> Plain:
     return _Writer(net, zeros, needed(zeros), sizes).write()
 
 
-class _Run(fx.Interpreter):
-    """Runs the nodes of a graph one at a time."""
+class _OfRoot(Stepwise):
+    """Runs a graph whose modules, parameters and buffers are in a dictionary."""
 
-    def __init__(self, net: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...], root: dict[str, Any] | None = None):
-        super().__init__(net, graph=graph)
-        self.root, self.args_iter = root, iter(inputs)
+    def __init__(self, graph: fx.Graph, inputs: tuple[Any, ...], root: dict[str, Any]) -> None:
+        super().__init__(nn.Module(), graph, inputs)
+        self.root = root
 
     def fetch_attr(self, target: str) -> Any:
-        return super().fetch_attr(target) if self.root is None else self.root[target]
-
-    def step(self, node: fx.Node) -> Any:
-        """Run `node`."""
-        self.env[node] = self.run_node(node)
-        return self.env[node]
+        return self.root[target]
 
 
 class _Writer:
@@ -73,8 +69,8 @@ class _Writer:
         self.net, self.zeros, self.wanted = net, zeros, wanted
         self.plain = Plain(zeros.graph)
         inputs = [positional(zeros.graph, given) for given in sizes]
-        self.originals = [_Run(net, zeros.graph, given) for given in inputs]
-        self.runs = [_Run(nn.Module(), self.plain.graph, given, self.plain.root) for given in inputs]
+        self.originals = [Stepwise(net, zeros.graph, given) for given in inputs]
+        self.runs: list[Stepwise] = [_OfRoot(self.plain.graph, given, self.plain.root) for given in inputs]
         #: What each node has become (a node of the new graph, or a constant), and what is kept of what it makes.
         self.values: dict[fx.Node, Any] = {}
         self.kept: KeptOf = {}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from hatify.answers import asks
 from hatify.axes import Axes, Kept, Moves, Names, any_but, everything, levelled
@@ -19,6 +18,7 @@ from hatify.labels import ON, ZERO, LabelSpace, unexpanded
 from hatify.nn.norms import FEATURE_DIMS, is_known, keeps_features_apart
 from hatify.ops import OPERATIONS, Call, Findings, Labels, constant_labels, operation_of
 from hatify.ops.movement import found_to_move, moved
+from hatify.stepwise import tensors_in
 from hatify.support import SupportInterpreter
 
 
@@ -93,11 +93,6 @@ class Zeros(SupportInterpreter):
         if call.operation is None:
             return moved(call) if isinstance(found_to_move(call), Tensor) else None
         return None if call.operation.cut is None else call.operation.cut(call)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a value, in order."""
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def may_be_nonzero(labels: Tensor, dim: int) -> Tensor:

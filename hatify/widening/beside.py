@@ -13,15 +13,17 @@ from torch.utils._pytree import tree_map_only
 
 from hatify.answers import check_argument, check_size
 from hatify.errors import HatError
+from hatify.free import Free
 from hatify.nn.functional import masked, masked_off
 from hatify.nn.state import TaskState, looks_up_mask
 from hatify.ops import Trait, operation_of
 from hatify.ops.registry import Resizing
 from hatify.ops.resize import CannotCut
 from hatify.rounding import agree
+from hatify.stepwise import Stepwise, tensors_in
 from hatify.widening.composed import Axis
 from hatify.widening.plotted import Growing
-from hatify.widening.relate import tensors_in, with_everything_on
+from hatify.widening.relate import with_everything_on
 from hatify.widening.widened import Written, written
 
 
@@ -32,11 +34,19 @@ class CannotGrow(Exception):
         self.axes = list(axes)
 
 
+def outputs(net: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """What a flat graph makes with all masks on, with the same random numbers each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tensors_in(_WithEverythingOn(net, graph, inputs).run(*inputs))
+
+
 class Beside:
     """Runs a flat graph and that of the copy side by side.
 
     Args:
         growing: how the axes of the graph have grown.
+        free: what the graph leaves free.
         ours: the network's children, and its graph.
         theirs: those of the copy, whose calls are rewritten.
         inputs: what to run them on.
@@ -49,13 +59,14 @@ class Beside:
     def __init__(
         self,
         growing: Growing,
+        free: Free,
         ours: tuple[nn.Module, fx.Graph],
         theirs: tuple[nn.Module, fx.Graph],
         inputs: tuple[Any, ...],
     ) -> None:
-        self.growing, self.values = growing, growing.relations.values
+        self.growing, self.free, self.values = growing, free, growing.relations.values
         self.graph, self.wide = ours[1], theirs[1]
-        self.runs = [_Run(*ours, inputs), _Run(*theirs, inputs)]
+        self.runs = [_WithEverythingOn(*ours, inputs), _WithEverythingOn(*theirs, inputs)]
         self.calls: dict[str, Written] = {}
         self.changed: dict[str, tuple[fx.Node, fx.Node]] = {}
         self.twin: dict[fx.Node, fx.Node] = {}
@@ -164,7 +175,7 @@ class Beside:
         """A number that follows from sizes of the network counts as it was."""
         then, now = (run.env.get(n) for run, n in zip(self.runs, (self.twin[operand], operand), strict=True))
         is_number = isinstance(then, (int, float)) and not isinstance(then, bool)
-        return then if is_number and then != now else operand
+        return then if is_number and then != now and not self.free.follows(self.twin[operand]) else operand
 
     def _rewrite_check(self, node: fx.Node, wide: fx.Node) -> None:
         found = wide.args[0]
@@ -214,17 +225,8 @@ class Beside:
         )
 
 
-class _Run(fx.Interpreter):
-    """Runs the nodes of a flat graph one at a time, with all masks on."""
-
-    def __init__(self, net: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> None:
-        super().__init__(net, graph=graph)
-        self.args_iter = iter(inputs)
-
-    def step(self, node: fx.Node) -> Any:
-        """Run `node`."""
-        self.env[node] = self.run_node(node)
-        return self.env[node]
+class _WithEverythingOn(Stepwise):
+    """Runs a flat graph with all masks on."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)

@@ -53,15 +53,20 @@ class Growing:
         return tuple(self.size(axis) if n > 1 else 1 for n, axis in zip(view, own, strict=True))
 
 
+#: At how many sizes of inputs a network that has grown is compared with the original.
+SIZES = 3
+
+
 class Plotted:
     """A converted network whose axes are known.
 
     Attributes:
         graphs: its flat graphs, that for evaluation first.
-        inputs: what they are run on, in the order of their placeholders.
+        inputs: what they are run on, in the order of their placeholders: the example's, and a few others, for each.
         free: what the network leaves free.
         relations: its axes.
         masks: the axes of the features of each mask.
+        given: the masks of inputs, which are what they are.
     """
 
     def __init__(self, model: Converted, inputs: Any) -> None:
@@ -69,16 +74,17 @@ class Plotted:
         flat = model.flat_graphs
         self.graphs = tuple(dict.fromkeys((flat[False], flat[True])))
         self.net, self.relations = children_of(model), Relations()
-        _, self.free = accepted_sizes(self.net, self.graphs, inputs)
-        self.inputs = [positional(graph, inputs) for graph in self.graphs]
+        sizes, self.free = accepted_sizes(self.net, self.graphs, inputs)
+        self.inputs = [[positional(graph, given) for given in sizes[:SIZES]] for graph in self.graphs]
         for graph, given in zip(self.graphs, self.inputs, strict=True):
-            Relating(self.net, graph, self.free, self.relations).run(*given)
+            Relating(self.net, graph, self.free, self.relations).run(*given[0])
         self.masks: dict[str, list[Axis]] = {}
+        self.given: set[str] = set()
         for graph, planned in zip(self.graphs, model.plan.graphs, strict=True):
             nodes = {node.name: node for node in graph.nodes}
             for name, of_node in planned.masks.items():
-                if nodes[name].op != "placeholder":  # inputs are what they are
-                    self._note_mask(of_node, nodes[name])
+                self._note_mask(of_node, nodes[name])
+            self.given |= {of.mask for name, of in planned.masks.items() if nodes[name].op == "placeholder"}
         self.held = list(held_by(model, self.relations))
 
     def _note_mask(self, planned: MaskedNode, node: fx.Node) -> None:
@@ -117,7 +123,7 @@ class Plotted:
         found = {}
         for name, axes in self.masks.items():
             atoms = [atom for axis in axes for atom in axis.atoms()]
-            if not any(atom in growth for atom in atoms):
+            if name not in self.given and not any(atom in growth for atom in atoms):
                 largest = max((atom for atom in atoms if atom.fixed), key=lambda atom: atom.size, default=None)
                 found[name] = "it has a single feature" if largest is None else str(largest.fixed)
         return found

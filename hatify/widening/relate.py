@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from hatify.answers import asks
 from hatify.axes import Axes, Moves, Name, Names
@@ -23,6 +22,7 @@ from hatify.nn.state import TaskState, looks_up_mask
 from hatify.ops import Call, Findings, constant_labels, operation_of
 from hatify.ops.movement import found_to_move, moved
 from hatify.ops.registry import behind
+from hatify.stepwise import tensors_in
 from hatify.widening.composed import Axis, Misfit, unite
 from hatify.widening.moved import relate_moved
 
@@ -46,11 +46,6 @@ class Relations:
     tensors: dict[int, Dims] = field(default_factory=dict)
     modules: dict[str, dict[str, Axis]] = field(default_factory=dict)
     read: dict[int, list[Axis]] = field(default_factory=dict)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a value, in order."""
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def is_layer(module: nn.Module) -> bool:

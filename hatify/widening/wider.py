@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from hatify.errors import HatError
 from hatify.nesting import FLAT
 from hatify.nn.per_task import PerTask
 from hatify.part import Part
 from hatify.plan import Plan
+from hatify.rounding import agree
 from hatify.structure import children_of
-from hatify.widening.beside import Beside, CannotGrow
+from hatify.widening.beside import Beside, CannotGrow, outputs
 from hatify.widening.composed import Axis, Grown, Growth
 from hatify.widening.held import enlarged
 from hatify.widening.plotted import Growing, Plotted
@@ -98,12 +100,17 @@ class Wider:
 
         Raises:
             CannotGrow: something else comes out, or nothing does.
+            HatError: it does for inputs of another size.
         """
         flat, net = self.model.flat_graphs, children_of(self.model)
         graphs = tuple(dict.fromkeys((flat[False], flat[True])))
         for graph, wide, inputs in zip(self.plotted.graphs, graphs, self.plotted.inputs, strict=True):
-            beside = Beside(self.growing, (self.plotted.net, graph), (net, wide), inputs)
+            beside = Beside(self.growing, self.plotted.free, (self.plotted.net, graph), (net, wide), inputs[0])
             beside.run()
+            for others in inputs[1:]:
+                expected, found = outputs(self.plotted.net, graph, others), outputs(net, wide, others)
+                if not all(agree(b, a, []) for a, b in zip(expected, found, strict=True)):
+                    raise HatError("widen: the network would compute something else for inputs of another size")
             self.added = replace(self.added, calls=(*self.added.calls, beside.calls))
             self.changed.append(beside.changed)
 
