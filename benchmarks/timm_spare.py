@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import hatify
 from timm_coverage import (
@@ -52,7 +53,7 @@ def measure(name: str, share: float) -> Row:
     """What becomes of one network."""
     recipe = smallest_recipe(name)
     torch.manual_seed(0)
-    network = enliven(recipe.network())
+    network = without_dropout(enliven(recipe.network()))
     begun = time.perf_counter()
     model = hatify.hatify(network, 2, (recipe.images(1),), base="locked")
     row: Row = {"parameters": sum(p.numel() for p in network.parameters()), "features": model.task_state.num_slots}
@@ -71,6 +72,15 @@ def measure(name: str, share: float) -> Row:
     row["parity_training"] = f"{parity_in_training(network, model, recipe):.1e}"
     row["drift"], row["isolated"] = drift(model, recipe), isolation(model)
     return row
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The network without noise that depends on how many features there are."""
+    for module in network.modules():
+        for name in ("p", "drop_rate", "drop_prob"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    return network
 
 
 def _layers_in(part: str) -> int:

@@ -622,3 +622,27 @@ def test_masks_that_are_learned():
             model.widen(0.5)
             known = answers(model, x=x)
     assert same(answers(model, [0], x), known)
+
+
+def test_an_optimizer_that_moves_masks_goes_on():
+    _, model, x = made("small")
+    model.begin_task(0)
+    model.regularization()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x).square().mean() + model.regularization()).backward()
+        optimizer.step()
+    embedding = model.task_state.embeddings[0]
+    momentum = optimizer.state[embedding]["momentum_buffer"].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HatWarning)
+        model.end_task()
+    model.widen(0.5)
+    model.begin_task(0)
+    (model(x).square().mean() + model.regularization()).backward()
+    optimizer.param_groups[0]["lr"] = 0.0
+    embedding.grad = torch.zeros_like(embedding)
+    optimizer.step()
+    moved = optimizer.state[embedding]["momentum_buffer"]
+    assert moved.shape == embedding.shape and float(moved.sum()) == pytest.approx(0.9 * float(momentum.sum()), rel=1e-4)

@@ -91,6 +91,8 @@ def _adopt(model: Learner, wider: Wider) -> None:
     for task, before in known.items():
         _check_answers(task, before, answers(copied, task, model.example_inputs))
     with all_or_nothing(model), _data_kept(model):
+        for of_parameter in wider.widened:
+            model.followed.add(*of_parameter)
         for module, twin in zip(model.modules(), copied.modules(), strict=True):
             vars(module).update(wider.settings.get(id(module), {}))
             for table in ("_parameters", "_buffers"):
@@ -109,8 +111,6 @@ def _adopt(model: Learner, wider: Wider) -> None:
         model.known_answers.clear()
         model.settle()
         model.guard_anew()
-    for name, parameter, shape, dims in wider.widened:
-        model.followed.add(name, parameter, shape, dims)
 
 
 def _hold(tensor: Tensor, data: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from hatify.errors import HatError
 from hatify.nesting import FLAT
 from hatify.nn.per_task import PerTask
+from hatify.nn.state import STATE
 from hatify.part import Part
 from hatify.plan import Plan
 from hatify.rounding import agree
@@ -61,6 +62,8 @@ class Wider:
         self.changed: list[dict[str, tuple[fx.Node, fx.Node]]] = []
         self._widen_tensors(numbers)
         self._widen_modules()
+        for task, e in enumerate(model.task_state.embeddings):
+            self.widened.append((f"{STATE}.embeddings.{task}", e, e.shape, (self.added.slots,)))
         state = self.model.task_state
         state.rearrange(self.slots.layout, self.slots.before)
         old = torch.zeros(state.num_slots, dtype=torch.bool, device=state.scale.device)
