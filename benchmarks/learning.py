@@ -24,6 +24,7 @@ import fcntl
 import json
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -222,6 +223,33 @@ def vit(args: argparse.Namespace) -> nn.Module:
     )
 
 
+def pretrained_on(
+    make: Callable[[argparse.Namespace], nn.Module], classes: tuple[int, ...], head: str, epochs: int
+) -> Callable[[argparse.Namespace], nn.Module]:
+    """`make`'s network, trained on all training images of these classes of CIFAR-10: once, and kept in a file."""
+
+    def network(args: argparse.Namespace) -> nn.Module:
+        net = make(args)
+        inputs = net.get_submodule(head).in_features
+        net.set_submodule(head, nn.Linear(inputs, len(classes)))  # type: ignore[arg-type]
+        kept = args.cache / f"{make.__name__}_{''.join(map(str, classes))}_{epochs}.pt"
+        if not kept.exists():
+            (task,) = cifar_tasks([classes], 5000)(args, "test", 0)
+            setting = Setting(cifar_tasks([classes], 5000), make, adamw(1e-3), epochs, head, prepare=augmented)
+            torch.manual_seed(0)
+            Trainer(setting, 0).train(net.train(), torch.optim.AdamW(net.parameters(), lr=2e-3), task.train)
+            args.cache.mkdir(parents=True, exist_ok=True)
+            torch.save(net.state_dict(), kept)
+        net.load_state_dict(torch.load(kept, weights_only=True))
+        return net
+
+    return network
+
+
+#: Five classes to learn from beforehand, and tasks of the other five.
+BEFORE, OTHERS = (0, 1, 2, 3, 4), [(5, 6), (7, 8), (9, 5), (6, 8)]
+
+
 def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     """With momentum."""
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9)
@@ -244,6 +272,21 @@ SETTINGS = {
     ),
     "vit_adamw": Setting(cifar_tasks(PAIRS, 2000), vit, adamw(1e-3), 6, "head", prepare=augmented),
     "omniglot_adamw": Setting(omniglot_tasks, small_convolutional, adamw(1e-3), 30, "17", prepare=shifted),
+    **{
+        f"transfer_{images}": Setting(
+            cifar_tasks(OTHERS, images),
+            pretrained_on(narrow, BEFORE, "linear", 10),
+            adamw(1e-3),
+            epochs,
+            "linear",
+            True,
+            augmented,
+        )
+        for images, epochs in ((50, 40), (200, 10), (5000, 2))
+    },
+    "vit_transfer": Setting(
+        cifar_tasks(OTHERS, 2000), pretrained_on(vit, BEFORE, "head", 10), adamw(1e-3), 6, "head", True, augmented
+    ),
     "narrow_20_tasks": Setting(cifar_tasks(PAIRS * 4, 500), narrow, adamw(1e-3), 6, "linear", prepare=augmented),
 }
 
@@ -563,6 +606,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--time-budget", type=float, default=float("inf"), help="begin no cell after so many seconds")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="(%(default)s)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "hatify-benchmarks",
+        help="folder for what is trained beforehand (%(default)s)",
+    )
     parser.add_argument("--fast", action="store_true", help="two tasks, few images, one epoch: shows that it runs")
     parser.add_argument("--summary", action="store_true", help="only print what there is")
     return parser.parse_args()
