@@ -1,5 +1,6 @@
 """The experiments run, start to end: each in its fast mode, which writes its figures and a picture."""
 
+import csv
 import json
 import os
 import subprocess
@@ -67,3 +68,15 @@ def test_missing_data_is_one_line_and_status_2(script, options, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "neither cifar-10-batches-py/ nor cifar10-jpeg.tar.xz" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_spare_features_of_timms_models_are_measured_and_gone_on_with(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "timm_spare.py"), "--output", str(tmp_path / "spare.csv"), "--models"]
+    for names in (("test_resnet",), ("test_resnet", "test_vit")):
+        done = subprocess.run([*command, *names], capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "spare.csv").open()))
+    assert [row["name"] for row in rows] == ["test_resnet", "test_vit"]
+    assert "test_resnet:" not in done.stdout  # it was there
+    for row in rows:
+        assert int(row["spare"]) > 0 and row["isolated"] == "yes" and float(row["parity_training"]) < 1e-4
