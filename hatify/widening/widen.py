@@ -120,7 +120,8 @@ def _hold(tensor: Tensor, data: Tensor) -> None:
     where the dtype changes.
     """
     tensor.grad = None
-    tensor.data = torch.empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
 
 
