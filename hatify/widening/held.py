@@ -64,7 +64,8 @@ def held_by(model: Converted, relations: Relations) -> Iterator[Held]:
     for path, axes in relations.modules.items():
         module = net.get_submodule(path)
         copies = list(module) if isinstance(module, PerTask) else [module]
-        yield from once(_of_layer(path, copies, axes) if is_layer(copies[0]) else _of_norm(path, copies, axes))
+        quiet = model.task_state.has_base
+        yield from once(_of_layer(path, copies, axes) if is_layer(copies[0]) else _of_norm(path, copies, axes, quiet))
     yield from once(_of_graph(model, relations))
 
 
@@ -83,15 +84,19 @@ def _of_layer(path: str, copies: list[nn.Module], axes: Mapping[str, Axis]) -> I
         yield Held(f"{path}.bias", [(m, "bias") for m in copies], [bias], partial(_constant, value=0.0))
 
 
+#: How loud features are at first that come beside a locked base, which is as it should be from the first step: heads
+#: take the output of a layer up by the rate of the optimizer, whatever is in it.
+QUIET = 0.1
 #: What normalisations hold of a feature at first.
 _AT_FIRST = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
-def _of_norm(path: str, copies: list[nn.Module], axes: Mapping[str, Axis]) -> Iterator[Held]:
+def _of_norm(path: str, copies: list[nn.Module], axes: Mapping[str, Axis], quiet: bool) -> Iterator[Held]:
     feature, norm = axes["feature"], copies[0]
     for name, value in (*norm._parameters.items(), *norm._buffers.items()):
         if value is not None and value.shape == (feature.size,):
             first = None if isinstance(norm, nn.PReLU) else _AT_FIRST.get(name)
+            first = QUIET if quiet and name == "weight" and first is not None else first
             fill = _like if first is None else partial(_constant, value=first)
             yield Held(f"{path}.{name}", [(m, name) for m in copies], [feature], fill)
 
