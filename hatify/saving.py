@@ -12,7 +12,6 @@ either the old or the new state is there, and the next save clears away what was
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -40,13 +39,12 @@ from hatify.nn.state import STATE
 from hatify.origin import Architecture, Origin, jsonable
 from hatify.plan import Plan
 from hatify.weights import check_keys
+from hatify.without_plan import WITHOUT_PLAN, check_layout
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "hatify.json"
 #: What does not count yet is in a folder of this name.
 PROVISIONAL = ".new"
 FORMAT = 2
-#: The format of version 0.1 without a plan: there a network is analysed again, which must lead to the same layout.
-WITHOUT_PLAN = 1
 #: Beside the model's own tensors, ``model.safetensors`` holds these, under names no module of the user's can have: the
 #: values at ``begin_task`` that are no longer the current ones, the example inputs, modules' extra state, and the
 #: numbers of the plan.
@@ -378,29 +376,9 @@ def _converted(description: dict[str, Any], tensors: dict[str, Tensor], net: nn.
         for count, num_classes in description["tasks_added"]:
             model.add_tasks(count, num_classes)
     model.__dict__["origin"] = Origin(**{**vars(model.origin), "architecture": architecture, "arguments": options})
-    if description["format"] == WITHOUT_PLAN and layout_digest(model) != description["layout"]:
-        versions = ", ".join(f"{package} {number}" for package, number in description["versions"].items())
-        raise CheckpointError(
-            "the network is another one than was saved, or this version converts it differently "
-            f"(it was saved with {versions})"
-        )
+    if description["format"] == WITHOUT_PLAN:
+        check_layout(model, description)
     return model
-
-
-def layout_digest(model: HatModel) -> str:
-    """What format 1 has in the place of a plan: a digest of policies, masks, and how entries connect features."""
-    digest = hashlib.sha256()
-    state = model.task_state
-    policies = [(e.name, e.kind, str(e.policy), e.shape) for e in model.census]
-    digest.update(repr((policies, state.groups, state.index_names, model.plan.owners)).encode())
-    tensors = [getattr(state, f"index_{i}") for i in range(len(state.index_names))]
-    for name, uses in model.uses.items():
-        digest.update(name.encode())
-        tensors += [t for use in uses for t in (use.written, use.read) if t is not None]
-    for tensor in tensors:
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _restore(model: HatModel, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:

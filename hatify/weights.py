@@ -104,7 +104,7 @@ def load_plain_state_dict(model: Converted, state_dict: Mapping[str, Tensor]) ->
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(f"{STATE}.")}
     given = dict(state_dict)
     spread(given, "")
-    given.update(_in_place(model, given, own, spread))
+    given |= dict(_in_place(model, given, own, spread))
     fresh = fresh_heads(model)
     fits = {key for key in own.keys() & given.keys() if _shape(own[key]) == _shape(given[key])}
     check_keys(

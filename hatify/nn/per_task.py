@@ -52,7 +52,8 @@ class PerTaskNorm(PerTask):
                 f"a {type(norm).__name__} has taken the place of a normalisation since the conversion, and cannot be "
                 "masked: put the original one back, or make the change before the conversion"
             )
-        return masked(norm, x, mask) if self.over is None else masked(norm, x, mask, self.over)
+        over = self._buffers["over"]
+        return masked(norm, x, mask) if over is None else masked(norm, x, mask, over)
 
 
 class PerTaskTensor(nn.Module):

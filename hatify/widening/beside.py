@@ -15,7 +15,7 @@ from hatify.answers import check_argument, check_size
 from hatify.errors import HatError
 from hatify.free import Free
 from hatify.nn.functional import masked, masked_off
-from hatify.nn.state import TaskState, looks_up_mask
+from hatify.nn.state import looks_up_mask
 from hatify.ops import Trait, operation_of
 from hatify.ops.registry import Resizing
 from hatify.ops.resize import CannotCut
@@ -23,7 +23,7 @@ from hatify.rounding import agree
 from hatify.stepwise import Stepwise, tensors_in
 from hatify.widening.composed import Axis
 from hatify.widening.plotted import Growing
-from hatify.widening.relate import with_everything_on
+from hatify.widening.relate import WithEverythingOn
 from hatify.widening.widened import Written, written
 
 
@@ -38,7 +38,7 @@ def outputs(net: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> list[Te
     """What a flat graph makes with all masks on, with the same random numbers each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tensors_in(_WithEverythingOn(net, graph, inputs).run(*inputs))
+        return tensors_in(WithEverythingOn(net, graph=graph).run(*inputs))
 
 
 class Beside:
@@ -66,7 +66,7 @@ class Beside:
     ) -> None:
         self.growing, self.free, self.values = growing, free, growing.relations.values
         self.graph, self.wide = ours[1], theirs[1]
-        self.runs = [_WithEverythingOn(*ours, inputs), _WithEverythingOn(*theirs, inputs)]
+        self.runs = [_Stepwise(*ours, inputs), _Stepwise(*theirs, inputs)]
         self.calls: dict[str, Written] = {}
         self.changed: dict[str, tuple[fx.Node, fx.Node]] = {}
         self.twin: dict[fx.Node, fx.Node] = {}
@@ -225,9 +225,5 @@ class Beside:
         )
 
 
-class _WithEverythingOn(Stepwise):
-    """Runs a flat graph with all masks on."""
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        return with_everything_on(module) if isinstance(module, TaskState) else module(*args, **kwargs)
+class _Stepwise(WithEverythingOn, Stepwise):
+    """One node at a time."""

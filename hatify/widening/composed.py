@@ -74,7 +74,7 @@ class Axis:
             Misfit: it is composed in another way.
         """
         wanted = [size for size in sizes if size > 1]
-        found = iter(self._regrouped(wanted, self.factors, self._as_factors, math.prod, 1, _product))
+        found = iter(self._regrouped(wanted, self.factors, self._as_factors, math.prod, 1, composed))
         return [next(found) if size > 1 else Axis(1) for size in sizes]
 
     def as_pieces(self, sizes: Sequence[int]) -> list[Axis]:
@@ -92,7 +92,7 @@ class Axis:
         bind: Callable[[list[int]], list[Axis]],
         total: Callable[[list[int]], int],
         nothing: int,
-        compose: Callable[[list[Axis]], Axis],
+        compose: Callable[[Sequence[Axis]], Axis],
     ) -> list[Axis]:
         """The parts, put together (or, where they are too large, taken apart) so that they have the sizes `wanted`."""
         if total(wanted) != self.size:
@@ -142,7 +142,7 @@ class Axis:
             if len(set(sizes)) > 1 or first.size != len(sizes):
                 raise Misfit
             first.fix("its parts are told apart by their number")
-            return [_product(rest)] * len(sizes)
+            return [composed(rest)] * len(sizes)
         root._pieces = [Axis(size) for size in sizes]
         self._pass_on(root, root._pieces)
         return list(root._pieces)
@@ -156,14 +156,10 @@ class Axis:
 
 def composed(factors: Sequence[Axis]) -> Axis:
     """The product of several axes, the outermost first."""
-    return _product(list(factors))
-
-
-def _product(factors: list[Axis]) -> Axis:
     return factors[0] if len(factors) == 1 else Axis(math.prod(a.size for a in factors), factors=factors)
 
 
-def _joined(pieces: list[Axis]) -> Axis:
+def _joined(pieces: Sequence[Axis]) -> Axis:
     return pieces[0] if len(pieces) == 1 else Axis(sum(a.size for a in pieces), pieces=pieces)
 
 

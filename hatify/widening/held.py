@@ -29,8 +29,7 @@ class Held:
 
     Attributes:
         name: in the original.
-        owners: what holds it, or its copies.
-        attribute: under which name.
+        owners: what holds it, or its copies, and under which names.
         axes: of its dimensions; None where they cannot grow.
         fill: what the entries are that are new, given those that are like them, and how the dimensions have grown.
     """
@@ -60,11 +59,10 @@ def held_by(model: Converted, relations: Relations) -> Iterator[Held]:
                     for axis in (x for x in (a, b) if x is not None):
                         axis.fix(f"{held.name} has it in two ways")
 
-    net = children_of(model)
+    net, quiet = children_of(model), model.task_state.has_base
     for path, axes in relations.modules.items():
         module = net.get_submodule(path)
         copies = list(module) if isinstance(module, PerTask) else [module]
-        quiet = model.task_state.has_base
         yield from once(_of_layer(path, copies, axes) if is_layer(copies[0]) else _of_norm(path, copies, axes, quiet))
     yield from once(_of_graph(model, relations))
 

@@ -54,12 +54,17 @@ def is_layer(module: nn.Module) -> bool:
     return family is not None and (isinstance(module, HatLayer) or is_plain(module, family))
 
 
-def with_everything_on(state: TaskState) -> dict[str, Tensor]:
-    """All masks, on everywhere."""
-    return state.masks_from(state.scale.new_ones(state.num_slots))
+class WithEverythingOn(fx.Interpreter):
+    """Runs a flat graph of a converted network with all masks on."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, TaskState):
+            return module.masks_from(module.scale.new_ones(module.num_slots))
+        return module(*args, **kwargs)
 
 
-class Relating(fx.Interpreter):
+class Relating(WithEverythingOn):
     """Runs a flat graph of a converted network with all masks on, and relates the axes of what its nodes make.
 
     Args:
@@ -77,10 +82,6 @@ class Relating(fx.Interpreter):
         self.held: dict[fx.Node, int] = {}
 
     # Running ---------------------------------------------------------------------------------------------------------
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        return with_everything_on(module) if isinstance(module, TaskState) else module(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)

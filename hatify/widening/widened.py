@@ -34,7 +34,8 @@ class Widened:
 
     def then(self, other: Widened) -> Widened:
         """This, and then `other`."""
-        modules = {path: self.modules.get(path, {}) | other.modules.get(path, {}) for path in self.modules}
+        paths = self.modules | other.modules
+        modules = {path: self.modules.get(path, {}) | other.modules.get(path, {}) for path in paths}
         tensors = dict(self.tensors)
         for name, dims in other.tensors.items():
             before = tensors.get(name, (None,) * len(dims))
@@ -46,12 +47,7 @@ class Widened:
                 # What another function has been called for since, is still.
                 found[name] = (target or found.get(name, (None,))[0], args, kwargs)
             calls.append(found)
-        return Widened(
-            other.modules | modules,
-            tensors,
-            tuple(calls),
-            _behind(self.slots, other.slots),
-        )
+        return Widened(modules, tensors, tuple(calls), _behind(self.slots, other.slots))
 
     def shape(self, name: str, before: Sequence[int]) -> tuple[int, ...]:
         """The shape now of a parameter or buffer of the original."""
